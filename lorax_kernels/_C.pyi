@@ -1,0 +1,3 @@
+cuda_version: int | None
+torch_version: str
+cuda_archs: str

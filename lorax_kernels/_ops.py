@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract: schema, checks and fake of every op, in one place.
+
+Each op is defined once in torch's dispatcher under `lorax_kernels::`. Its reference
+(`lorax_kernels.ops`) answers on every device; the compiled extension adds kernels for CUDA tensors
+under the same name, so an op exists, traces and runs where nothing was built. Every public op
+function runs its check before any backend sees a tensor.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+NAMESPACE = "lorax_kernels"
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _define(name: str, schema: str, fake: Callable) -> None:
+    torch.library.define(f"{NAMESPACE}::{name}", schema)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
+
+
+def _block(name: str, X: torch.Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    """A batch of matrices with at least one row, one column and a known dtype."""
+    if X.dim() != 3:
+        raise ValueError(f"{name} must be a batch (b, rows, columns), got shape {tuple(X.shape)}")
+    if X.dtype not in dtypes:
+        known = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} must be one of {known}, got {X.dtype}; convert it first")
+
+
+def _same(what: str, left: object, right: object) -> None:
+    if left != right:
+        raise ValueError(f"{what} must agree, got {left} and {right}")
+
+
+def check_thin_matmul(W: torch.Tensor, X: torch.Tensor, transpose: bool, pieces: int) -> None:
+    """Raises ValueError or TypeError unless `thin_matmul` can take these arguments."""
+    _block("W", W, WEIGHT_DTYPES)
+    _block("X", X, (torch.float32,))
+    _same("batch sizes of W and X", W.shape[0], X.shape[0])
+    _same("inner sizes of W and X", W.shape[1 if transpose else 2], X.shape[1])
+    _same("devices of W and X", W.device, X.device)
+    if pieces not in (1, 2, 3):
+        raise ValueError(f"pieces must be 1, 2 or 3, got {pieces}")
+
+
+def _thin_matmul_fake(
+    W: torch.Tensor, X: torch.Tensor, transpose: bool, pieces: int
+) -> torch.Tensor:
+    check_thin_matmul(W, X, transpose, pieces)
+    return X.new_empty(W.shape[0], W.shape[2 if transpose else 1], X.shape[2])
+
+
+def check_gram(X: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError or TypeError unless `gram` can take these arguments."""
+    _block("X", X, (*WEIGHT_DTYPES, torch.float64))
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"a Gram matrix is float32 or float64, got {dtype}")
+
+
+def _gram_fake(X: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    check_gram(X, dtype)
+    return X.new_empty(X.shape[0], X.shape[2], X.shape[2], dtype=dtype)
+
+
+def check_orthonormalize(X: torch.Tensor) -> None:
+    """Raises ValueError or TypeError unless `orthonormalize` can take this block."""
+    _block("X", X, (torch.float32,))
+    if X.shape[2] > X.shape[1]:
+        raise ValueError(
+            f"a block to orthonormalise needs no more columns than rows, got {tuple(X.shape)}"
+        )
+
+
+def _orthonormalize_fake(X: torch.Tensor) -> torch.Tensor:
+    check_orthonormalize(X)
+    return torch.empty_like(X, memory_format=torch.contiguous_format)
+
+
+def check_symmetric_eigh(H: torch.Tensor) -> None:
+    """Raises ValueError or TypeError unless `symmetric_eigh` can take this batch."""
+    _block("H", H, (torch.float32, torch.float64))
+    _same("rows and columns of H", H.shape[1], H.shape[2])
+
+
+def _symmetric_eigh_fake(H: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    check_symmetric_eigh(H)
+    return H.new_empty(H.shape[0], H.shape[1]), H.new_empty(H.shape)
+
+
+def check_rotate(X: torch.Tensor, R: torch.Tensor) -> None:
+    """Raises ValueError or TypeError unless `rotate` can take these arguments."""
+    _block("X", X, (torch.float32,))
+    _block("R", R, (torch.float32, torch.float64))
+    _same("batch sizes of X and R", X.shape[0], R.shape[0])
+    _same("inner sizes of X and R", X.shape[2], R.shape[1])
+    _same("devices of X and R", X.device, R.device)
+
+
+def _rotate_fake(X: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+    check_rotate(X, R)
+    return X.new_empty(X.shape[0], X.shape[1], R.shape[2])
+
+
+def check_project(
+    blocks: Sequence[torch.Tensor], read: Sequence[torch.Tensor], write: Sequence[torch.Tensor]
+) -> None:
+    """Raises ValueError or TypeError unless `project` can take these lists."""
+    if not len(blocks) == len(read) == len(write):
+        raise ValueError(
+            "blocks, read and write bases must be lists of one length, got "
+            f"{len(blocks)}, {len(read)} and {len(write)}"
+        )
+    for i, (B, Q, P) in enumerate(zip(blocks, read, write, strict=True)):
+        if B.dim() != 2 or Q.dim() != 2 or P.dim() != 2:
+            raise ValueError(
+                f"entry {i}: block and bases must be matrices, got shapes "
+                f"{tuple(B.shape)}, {tuple(Q.shape)} and {tuple(P.shape)}"
+            )
+        if not (B.is_floating_point() and Q.is_floating_point() and P.is_floating_point()):
+            raise TypeError(
+                f"entry {i}: block and bases must be floating point, got {B.dtype}, {Q.dtype} "
+                f"and {P.dtype}"
+            )
+        _same(f"entry {i}: rows of the block and of its read basis", B.shape[0], Q.shape[0])
+        _same(f"entry {i}: ranks of the two bases", Q.shape[1], P.shape[1])
+        if not B.device == Q.device == P.device:
+            raise ValueError(
+                f"entry {i}: block and bases must be on one device, got {B.device}, {Q.device} "
+                f"and {P.device}"
+            )
+    if len({B.device for B in blocks}) > 1:
+        raise ValueError(
+            "all layers must be on one device, got "
+            + ", ".join(sorted({str(B.device) for B in blocks}))
+        )
+
+
+def _project_fake(
+    blocks: Sequence[torch.Tensor], read: Sequence[torch.Tensor], write: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    check_project(blocks, read, write)
+    return [B.new_empty(P.shape[0], B.shape[1]) for B, P in zip(blocks, write, strict=True)]
+
+
+_define(
+    "thin_matmul",
+    "(Tensor W, Tensor X, bool transpose, int pieces) -> Tensor",
+    _thin_matmul_fake,
+)
+_define("gram", "(Tensor X, ScalarType dtype) -> Tensor", _gram_fake)
+_define("orthonormalize", "(Tensor X) -> Tensor", _orthonormalize_fake)
+_define("symmetric_eigh", "(Tensor H) -> (Tensor, Tensor)", _symmetric_eigh_fake)
+_define("rotate", "(Tensor X, Tensor R) -> Tensor", _rotate_fake)
+_define("project", "(Tensor[] blocks, Tensor[] read, Tensor[] write) -> Tensor[]", _project_fake)

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The building blocks: each a public function, its PyTorch reference beside it, and its kernels."""
+
+from .gram import gram as gram
+from .orthonormalize import orthonormalize as orthonormalize
+from .project import project as project
+from .rotate import rotate as rotate
+from .symmetric_eigh import symmetric_eigh as symmetric_eigh
+from .thin_matmul import thin_matmul as thin_matmul

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gram matrices of blocks of columns, in plain PyTorch."""
+
+import torch
+
+# Columns of one tile: half of a Gram matrix is the other half transposed, and tiles of this width
+# save 40 % of the products at n = 1536 while each stays wide enough for a fast GEMM.
+_TILE = 384
+
+
+def gram_reference(X: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`X^T X` of each `(m, n)` block in a `(b, m, n)` batch, computed and returned in `dtype`."""
+    X = X.to(dtype)
+    n = X.shape[2]
+    if n <= 2 * _TILE:
+        return torch.bmm(X.mT, X)
+    G = X.new_empty(X.shape[0], n, n)
+    for start in range(0, n, _TILE):
+        stop = min(start + _TILE, n)
+        tile = torch.bmm(X[:, :, start:stop].mT, X[:, :, start:])
+        G[:, start:stop, start:] = tile
+        G[:, stop:, start:stop] = tile[:, :, stop - start :].mT
+    return G

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Orthonormal bases of blocks."""
+
+import torch
+
+from ... import _backends, _ops
+from .reference import orthonormalize_reference
+
+_backends.register_reference("orthonormalize", orthonormalize_reference)
+
+
+def orthonormalize(X: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
+    """Orthonormal columns that span the columns of each block.
+
+    Args:
+        X: `(b, n, l)` with `l <= n`; float32. Columns may differ in scale by any factor and may be
+            dependent: the result is orthonormal all the same.
+        backend: "auto", "cuda", "triton" or "reference".
+
+    Returns:
+        `Q` of the same shape, `Q^T Q = I` to about 1e-6. Column `j` lies in the span of the first
+        `j + 1` columns of `X`, up to the backend's treatment of dependent columns.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together.
+        RuntimeError: a backend named explicitly cannot run here; the message says why.
+
+    Example:
+        >>> Q = orthonormalize(torch.randn(1, 8, 3))
+        >>> bool(torch.allclose(Q.mT @ Q, torch.eye(3), atol=1e-5))
+        True
+    """
+    _ops.check_orthonormalize(X)
+    return _backends.select("orthonormalize", backend, X)(X)

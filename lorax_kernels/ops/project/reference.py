@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Projection of LoRA factors onto bases, in plain PyTorch."""
+
+import torch
+
+
+def project_reference(
+    blocks: list[torch.Tensor], read: list[torch.Tensor], write: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """`P_i (Q_i^T B_i)` for every `i`: blocks `B`, bases read `Q`, bases written `P`.
+
+    With the same basis twice it is the orthogonal projection onto its span; with two bases it
+    carries coordinates from one space to another. Computed in float32, returned in the block's
+    dtype.
+    """
+    return [
+        (P.float() @ (Q.float().mT @ B.float())).to(B.dtype)
+        for B, Q, P in zip(blocks, read, write, strict=True)
+    ]
