@@ -44,6 +44,7 @@ class LoraLayer:
     scale: float
 
     def __post_init__(self) -> None:
+        """Check dtypes, shapes and scale."""
         for name, tensor in (("lora_A", self.lora_A), ("lora_B", self.lora_B)):
             if tensor.dtype not in FACTOR_DTYPES:
                 raise AdapterError(

@@ -116,9 +116,7 @@ def config_kinds(config: dict[str, Any]) -> dict[str, list[str]]:
         "experts": "target_parameters",
         "trainable_tokens": "trainable_token_indices",
     }
-    found = {
-        kind: [f"{key}={config[key]!r}"] for kind, key in settings.items() if config.get(key)
-    }
+    found = {kind: [f"{key}={config[key]!r}"] for kind, key in settings.items() if config.get(key)}
     init = config.get("init_lora_weights", True)
     if str(init).lower() not in _PLAIN_INITS:
         found["mutated_init"] = [f"init_lora_weights={init!r}"]
