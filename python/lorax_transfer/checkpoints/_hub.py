@@ -75,8 +75,8 @@ def download_snapshot(repo_id: str, revision: str | None) -> Path:
     except _network_errors(hub) as error:
         raise CheckpointError(
             f"{repo_id!r} is no path here, is not complete in the local cache, and the Hugging "
-            f"Face hub cannot be reached ({type(error).__name__}); connect, or download it elsewhere "
-            "and name its folder."
+            f"Face hub cannot be reached ({type(error).__name__}); connect, or download it "
+            "elsewhere and name its folder."
         ) from error
 
 

@@ -196,7 +196,7 @@ def _open_index(path: Path) -> Checkpoint:
         )
     for name, shard in weight_map.items():
         # An index comes from elsewhere: it must not lead out of its directory.
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or not shard or Path(shard).name != shard:
             raise CheckpointError(
                 f"The index {str(path)!r} puts {name!r} into {shard!r}; a file name beside the "
                 "index was expected."
