@@ -232,9 +232,7 @@ def test_a_converted_pissa_adapter_is_a_plain_update(tmp_path):
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 def test_what_is_dropped_is_switched_off(tmp_path):
     targets = ["q_proj", "embed_tokens"]
-    save_adapter(
-        llama(), tmp_path / "in", r=4, target_modules=targets, modules_to_save=["lm_head"]
-    )
+    save_adapter(llama(), tmp_path / "in", r=4, target_modules=targets, modules_to_save=["lm_head"])
     adapter = read_adapter(tmp_path / "in", drop=["embedding", "modules_to_save"])
     assert set(adapter.dropped_kinds) == {"embedding", "modules_to_save"}
     stem = "base_model.model."
@@ -344,6 +342,26 @@ def test_existing_output(tmp_path):
     write(adapter, tmp_path / "in", overwrite=True, base_model_name_or_path="org/other")
     assert read_adapter(tmp_path / "in").base_model == "org/other"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError], ids=lambda e: e.__name__)
+def test_interrupted_writing_leaves_what_was_there(tmp_path, monkeypatch, error):
+    adapter = read_adapter(write_files(tmp_path / "in", plain_config(), plain_tensors()))
+    write(adapter, tmp_path / "out")
+    before = read_adapter(tmp_path / "out")
+
+    def half_written(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise error("no space")
+
+    monkeypatch.setattr("lorax_transfer.adapters.peft.save_file", half_written)
+    expected = KeyboardInterrupt if error is KeyboardInterrupt else OutputError
+    for name in ("out", "new"):
+        with pytest.raises(expected, match="no space"):
+            write(adapter, tmp_path / name, overwrite=True, base_model_name_or_path="other")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+    after = read_adapter(tmp_path / "out")
+    assert (after.content_hash, after.config) == (before.content_hash, before.config)
 
 
 @pytest.mark.parametrize("content", ["notes.txt", "checkpoint-1/x"], ids=["file", "directory"])

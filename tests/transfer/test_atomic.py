@@ -52,9 +52,14 @@ def test_interrupted_directory_leaves_nothing(tmp_path, error, existing):
         (tmp_path / "out" / "a").write_text("old")
     before = everything_in(tmp_path)
     target = tmp_path / "out" if existing else tmp_path / "x" / "y" / "out"
-    with pytest.raises(error), atomic_directory(target, overwrite=True) as temporary:
-        (temporary / "a").write_text("half")
-        raise error
+
+    def interrupted():
+        with atomic_directory(target, overwrite=True) as temporary:
+            (temporary / "a").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
     assert everything_in(tmp_path) == before
 
 
@@ -129,9 +134,14 @@ def test_file_is_replaced_whole(tmp_path):
 @pytest.mark.parametrize("error", INTERRUPTIONS, ids=lambda e: e.__name__)
 def test_interrupted_file_leaves_the_old_one(tmp_path, error):
     (tmp_path / "report.json").write_text("old")
-    with pytest.raises(error), atomic_file(tmp_path / "report.json") as temporary:
-        temporary.write_text("half")
-        raise error
+
+    def interrupted():
+        with atomic_file(tmp_path / "report.json") as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
     assert everything_in(tmp_path) == {"report.json": "old"}
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lorax_transfer.adapters.adapter import Adapter, LoraLayer
-from lorax_transfer.adapters.kinds import refuse
+from lorax_transfer.adapters.kinds import DROPPABLE, refuse
 from lorax_transfer.adapters.peft_config import (
     check_config,
     config_kinds,
@@ -153,10 +153,10 @@ def _sort_out(
             f"{path} holds the tensor {unknown[0]}{more}, which is no part of a PEFT LoRA that "
             "this package knows; remove it from the file if the adapter does not need it."
         )
-    found = config_kinds(config)
+    shows = config_kinds(config)
     for name, parsed in names.items():
-        if parsed.role not in ("lora_A", "lora_B"):
-            found.setdefault(parsed.role, []).append(name)
+        shows.setdefault(parsed.role, []).append(name)
+    found = {kind: shows[kind] for kind in DROPPABLE if kind in shows}
     refused = {kind: shown for kind, shown in found.items() if kind not in drop}
     if refused:
         raise refuse(path, refused)
