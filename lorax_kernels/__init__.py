@@ -5,6 +5,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ._backends import Backend as Backend
 from ._backends import backends as backends
+from .svd import ConvergenceWarning as ConvergenceWarning
+from .svd import truncated_svd as truncated_svd
+from .svd_types import SVD as SVD
 
 try:
     __version__ = version("lorax-kernels")

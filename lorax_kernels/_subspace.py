@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Truncated SVD of a stack of matrices by Chebyshev-filtered subspace iteration.
+
+A block `Q` of `l > k` orthonormal columns is filtered by a polynomial in `A = W^T W` that is small
+on `[0, b]` and grows as fast as a polynomial can beyond it (a Chebyshev polynomial; `b` is the
+smallest Ritz value, just under the eigenvalues that the block cannot hold). The polynomial is
+applied as a product of shifts by its roots, in Leja order, so that the block can be orthonormalised
+between any two factors: the three-term recurrence would overflow on spectra with outliers. After a
+cycle of factors a Rayleigh-Ritz step reads off the singular triplets, and the residual, which the
+next factor needs anyway, gives the error left.
+
+Sources: Halko, Martinsson, Tropp, SIAM Review 53 (2011), for the range finder; Zhou, Saad, Tiago,
+Chelikowsky, J. Comput. Phys. 219 (2006), for the filter; Feng, Yu, Xie, arXiv 2404.09276 (2024),
+for shifts between orthonormalisations. The error estimate is first-order perturbation theory.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from . import ops
+
+# Degrees a cycle may have. Few, because matrices that need the same degree run as one batch.
+_DEGREES = (2, 3, 4, 6, 8, 12, 16)
+# Before the second Ritz step the damped interval is a guess from a nearly random block, and degrees
+# spent on a wrong interval are lost.
+_FIRST_DEGREE = 3
+# Between two orthonormalisations the leading directions may outgrow the rest by this factor: with
+# float32 columns that leaves three digits for the smallest.
+_GROWTH_CAP = 1e4
+# The estimate aims below the tolerance, so that a cycle rarely ends just above it.
+_AIM = 0.3
+
+
+@functools.cache
+def chebyshev_roots(degree: int) -> tuple[float, ...]:
+    """Roots of the Chebyshev polynomial of `[0, 1]` in Leja order.
+
+    In that order every partial product stays of moderate size over the whole interval.
+    """
+    left = [(1 + math.cos(math.pi * (j + 0.5) / degree)) / 2 for j in range(degree)]
+    order = [min(left)]
+    left.remove(order[0])
+    while left:
+        best = max(left, key=lambda x: sum(math.log(abs(x - y)) for y in order))
+        order.append(best)
+        left.remove(best)
+    return tuple(order)
+
+
+@dataclass(frozen=True)
+class Triplets:
+    """Leading triplets of a stack and how they were come by."""
+
+    U: torch.Tensor  # (b, m, k)
+    S: torch.Tensor  # (b, k)
+    V: torch.Tensor  # (b, n, k)
+    error: torch.Tensor  # (b,) estimated projector error
+    passes: torch.Tensor  # (b,) products made, on the CPU
+
+
+@dataclass(frozen=True)
+class _Operator:
+    """`A = W^T W` on the short side of a stack."""
+
+    W: torch.Tensor  # (b, m, n), or (b, n, m) when flipped
+    flipped: bool
+    G: torch.Tensor | None  # (b, n, n), where iterating on the Gram matrix is cheaper
+    backend: str
+
+    def forward(self, X: torch.Tensor, pieces: int) -> torch.Tensor:
+        return ops.thin_matmul(
+            self.W, X, transpose=self.flipped, pieces=pieces, backend=self.backend
+        )
+
+    def backward(self, Y: torch.Tensor, pieces: int) -> torch.Tensor:
+        return ops.thin_matmul(
+            self.W, Y, transpose=not self.flipped, pieces=pieces, backend=self.backend
+        )
+
+    def apply(self, X: torch.Tensor) -> torch.Tensor:
+        """`A X` to the accuracy that a filter step needs."""
+        if self.G is not None:
+            return ops.thin_matmul(self.G, X, pieces=2, backend=self.backend)
+        return self.backward(self.forward(X, 1), 1)
+
+    def on_weights(self) -> "_Operator":
+        return _Operator(self.W, self.flipped, None, self.backend)
+
+
+@dataclass(frozen=True)
+class _Ritz:
+    """Ritz vectors of a block and what their residual says, for a stack."""
+
+    Q: torch.Tensor  # (b, n, l) Ritz vectors
+    Y: torch.Tensor | None  # (b, m, l) W Q, unless the Gram matrix stood in for W
+    Z: torch.Tensor  # (b, n, l) A Q
+    theta: torch.Tensor  # (b, l) Ritz values of A, descending
+    error: torch.Tensor  # (b,) estimated projector error of the leading k
+    planned: torch.Tensor  # (b,) what is left to damp: the same, not capped at a right angle
+
+
+def _subset(item: Any, index: torch.Tensor, count: int) -> Any:
+    """The entries of a stack that `index` names; the stack itself where that is all of them."""
+    if len(index) == count:
+        return item
+    index = index.to((item.W if isinstance(item, _Operator) else item.Q).device)
+    changes = {
+        f.name: value[index]
+        for f in fields(item)
+        if isinstance(value := getattr(item, f.name), torch.Tensor)
+    }
+    return replace(item, **changes)
+
+
+def _estimate(
+    rho: torch.Tensor, theta: torch.Tensor, k: int, rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Projector error of the leading `k` Ritz vectors, from their residuals outside the block.
+
+    Two things are wrong with a Ritz vector: what lies outside the block, `|rho_i| / (theta_i -
+    lambda)` with lambda just under the smallest Ritz value; and, to second order, what the outside
+    mixes in from the block's other vectors beyond `k`, which matters where the spectrum is flat.
+    Directions under the noise of float32 products are not counted: nothing is determined there.
+    """
+    eps = torch.finfo(torch.float32).eps
+    theta = theta.double()
+    floor = (4 * eps * math.sqrt(rows)) ** 2 * theta[:, :1].clamp_min(1e-300)
+    counted = theta[:, :k] > floor
+    gap = (theta[:, :k] - theta[:, -1:]).clamp_min(eps * floor)
+    C = torch.bmm(rho.mT, rho).double()
+    outside = torch.diagonal(C, dim1=1, dim2=2)[:, :k] / gap**2
+    outside = torch.where(counted, outside, 0.0)
+    distance = (theta[:, :k, None] - theta[:, None, k:]).clamp_min(1e-300)
+    mixed = (C[:, :k, k:] / (gap[..., None] * distance)) ** 2
+    mixed = torch.where(counted, mixed.sum(2), 0.0)
+    error = (2 / k * (outside + mixed).clamp_max(1).sum(1)).sqrt()
+    return error, (2 / k * outside.sum(1)).sqrt()
+
+
+def _rayleigh_ritz(A: _Operator, Q: torch.Tensor, k: int) -> _Ritz:
+    """Singular triplets of `W` within span(Q), from two products with `W`."""
+    backend = A.backend
+    Y = A.forward(Q, 2)
+    H = ops.gram(Y, dtype=_ritz_dtype(Q), backend=backend)
+    theta, R = ops.symmetric_eigh(H, backend=backend)
+    Q = ops.rotate(Q, R, backend=backend)
+    Y = ops.rotate(Y, R, backend=backend)
+    Z = A.backward(Y, 2)
+    # Rounding in Y points along the leading vectors, which the block holds: project it out.
+    rho = Z - ops.rotate(Q, torch.bmm(Q.mT, Z), backend=backend)
+    error, planned = _estimate(rho, theta, k, max(Y.shape[1], Q.shape[1]))
+    return _Ritz(Q, Y, Z, theta.clamp_min(0), error, planned)
+
+
+def _gram_ritz(A: _Operator, Q: torch.Tensor, k: int) -> _Ritz:
+    """Ritz vectors from one product with the Gram matrix: good enough to steer by."""
+    Z = A.apply(Q)
+    H = torch.bmm(Q.mT, Z)
+    H = ((H + H.mT) / 2).to(_ritz_dtype(Q))
+    theta, R = ops.symmetric_eigh(H, backend=A.backend)
+    Q = ops.rotate(Q, R, backend=A.backend)
+    Z = ops.rotate(Z, R, backend=A.backend)
+    rho = Z - Q * theta.to(Q.dtype)[:, None]
+    error, planned = _estimate(rho, theta, k, Q.shape[1])
+    return _Ritz(Q, None, Z, theta.clamp_min(0), error, planned)
+
+
+def _ritz_dtype(Q: torch.Tensor) -> torch.dtype:
+    # On a CPU float64 costs a small eigenproblem little, and it keeps a steep spectrum's end.
+    return torch.float64 if Q.device.type == "cpu" else torch.float32
+
+
+def _degrees(ritz: _Ritz, k: int, tol: float) -> torch.Tensor:
+    """Smallest listed degree that should bring the error under the tolerance, for each matrix."""
+    theta = ritz.theta.double()
+    t = 2 * theta[:, k - 1] / theta[:, -1].clamp_min(1e-300) - 1
+    rate = torch.acosh(t.clamp_min(1 + 1e-9))
+    needed = torch.acosh((ritz.planned / (_AIM * tol)).clamp_min(1)) / rate
+    listed = torch.tensor(_DEGREES, dtype=needed.dtype, device=needed.device)
+    return listed[torch.bucketize(needed, listed).clamp_max(len(_DEGREES) - 1)].long().cpu()
+
+
+def _filter(A: _Operator, ritz: _Ritz, degree: int) -> torch.Tensor:
+    """Applies the polynomial of this degree to the block and orthonormalises it."""
+    tiny = torch.finfo(torch.float32).tiny
+    b = ritz.theta[:, -1].float().clamp_min(tiny)[:, None, None]
+    # How much a leading direction gains on the rest in one factor, at most, over the stack.
+    gain = max(2.0, float((2 * ritz.theta[:, 0].float() / b.flatten()).max()))
+    X, Z, growth = ritz.Q, ritz.Z, 1.0
+    for j, root in enumerate(chebyshev_roots(degree)):
+        if j:
+            Z = A.apply(X)
+        X = (Z - (root * b) * X) * (2 / b)
+        growth *= gain
+        if j + 1 < degree and growth * gain > _GROWTH_CAP:
+            X, growth = ops.orthonormalize(X, backend=A.backend), 1.0
+    return ops.orthonormalize(X, backend=A.backend)
+
+
+def _finish(ritz: _Ritz, k: int, backend: str) -> Triplets:
+    """Triplets of the leading `k` Ritz vectors, on the tall side as orthonormal as on the short."""
+    assert ritz.Y is not None
+    Y = ritz.Y[:, :, :k].contiguous()
+    S, order = torch.linalg.vector_norm(Y, dim=1).sort(dim=1, descending=True, stable=True)
+    Y = Y.gather(2, order[:, None].expand_as(Y))
+    V = ritz.Q.gather(2, order[:, None].expand(-1, ritz.Q.shape[1], -1))
+    U = ops.orthonormalize(Y, backend=backend)
+    # Orthonormalisation may turn a column around; a pair keeps its sign.
+    U = U * torch.where((U * Y).sum(1, keepdim=True) < 0, -1.0, 1.0)
+    return Triplets(U, S, V, ritz.error, torch.zeros(len(S), dtype=torch.long))
+
+
+def _solve(
+    A: _Operator, Q: torch.Tensor, k: int, tol: float, left: int, degree: int | None
+) -> Triplets:
+    """Looks at the block, filters it as far as each matrix needs, and goes on with what is left.
+
+    `left` is how many products may still be made; `degree` is the next cycle's, where it is not
+    to be judged from the Ritz values.
+    """
+    count = Q.shape[0]
+    steer = A.G is not None
+    ritz = _gram_ritz(A, Q, k) if steer else _rayleigh_ritz(A, Q, k)
+    left -= 2
+    stop = (ritz.error <= tol).cpu()
+    if steer:
+        left -= 2  # kept for the look at W itself that ends it
+        # Rounding of the Gram matrix against the distance that decides: W is needed from here.
+        noise = 4 * torch.finfo(torch.float32).eps * ritz.theta[:, 0]
+        stop |= (noise > 0.1 * tol * (ritz.theta[:, k - 1] - ritz.theta[:, -1])).cpu()
+    degrees = _degrees(ritz, k, tol) if degree is None else torch.full((count,), degree)
+    degrees = torch.where(stop, 0, degrees.clamp_max(left // 2))
+    parts = []
+    for d in degrees.unique().tolist():
+        index = torch.nonzero(degrees == d).flatten()
+        parts.append((d, index, _subset(ritz, index, count)))
+    del ritz, Q
+    results = []
+    while parts:
+        d, index, part = parts.pop()
+        subset = _subset(A, index, count)
+        if d > 0:
+            block = _filter(subset, part, d)
+            rest = left - 2 * (d - 1) + (2 if steer else 0)
+            del part
+            found = _solve(subset, block, k, tol, rest, None)
+            found = replace(found, passes=found.passes + 2 * d)
+        elif steer:
+            block = part.Q
+            del part
+            found = _solve(subset.on_weights(), block, k, tol, left + 2, None)
+            found = replace(found, passes=found.passes + 2)
+        else:
+            found = _finish(part, k, A.backend)
+            found = replace(found, passes=found.passes + 2)
+        results.append((index, found))
+    return _merge(results, count)
+
+
+def _merge(results: list[tuple[torch.Tensor, Triplets]], count: int) -> Triplets:
+    """Puts the results of parts of a stack back in the stack's order."""
+    if len(results) == 1:
+        return results[0][1]
+    merged = {}
+    for f in fields(Triplets):
+        first = getattr(results[0][1], f.name)
+        merged[f.name] = first.new_empty(count, *first.shape[1:])
+        for index, part in results:
+            merged[f.name][index.to(first.device)] = getattr(part, f.name)
+    return Triplets(**merged)
+
+
+def iterate(
+    W: torch.Tensor,
+    start: torch.Tensor,
+    k: int,
+    tol: float,
+    max_passes: int,
+    *,
+    use_gram: bool,
+    warm: bool,
+    backend: str,
+) -> Triplets:
+    """Leading `k` singular triplets of each matrix in a stack.
+
+    Args:
+        W: `(b, m, n)`, scaled so that squares of its entries neither overflow nor vanish.
+        start: block to start from, `(b, p, l)` or `(1, p, l)` with `p = min(m, n)`, `k < l <= p`.
+        k: triplets wanted.
+        tol: projector error to reach.
+        max_passes: products with `W` or its transpose at most; fewer than four count as four, and
+            fewer than two for a warm start as two.
+        use_gram: iterate on the Gram matrix instead of on `W`.
+        warm: the start is a good guess: look before filtering.
+        backend: passed to the ops.
+
+    Returns:
+        Triplets; it is for the caller to compare their error with the tolerance.
+    """
+    count, m, n = W.shape
+    flipped = n > m
+    G = None
+    if use_gram and not warm:
+        G = ops.gram(W.mT if flipped else W, dtype=torch.float32, backend=backend)
+    A = _Operator(W, flipped, G, backend)
+    Q = ops.orthonormalize(start.expand(count, -1, -1).contiguous(), backend=backend)
+    spent = 0
+    if not warm:
+        Q = ops.orthonormalize(A.apply(Q), backend=backend)
+        spent = 2
+    found = _solve(A, Q, k, tol, max_passes - spent, None if warm else _FIRST_DEGREE)
+    found = replace(found, passes=found.passes + spent)
+    return replace(found, U=found.V, V=found.U) if flipped else found
