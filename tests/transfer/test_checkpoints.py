@@ -12,9 +12,10 @@ import textwrap
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from lorax_transfer.checkpoints import Checkpoint, open_checkpoint
 from lorax_transfer.errors import CheckpointError, TransferError
-from safetensors.torch import save_file
 
 DTYPES = [
     torch.float64,

@@ -138,7 +138,8 @@ class GgufCheckpoint(Checkpoint):
         embedding = self._entries.get(f"{self._rules.top['token_embd']}.weight")
         if embedding is not None:
             config.setdefault("vocab_size", embedding.info.shape[0])
-        if "output" in self._rules.top:
+        # Encoders have no head that could be tied.
+        if "output_norm" in self._rules.top:
             config["tie_word_embeddings"] = "lm_head.weight" not in self._entries
         return config
 

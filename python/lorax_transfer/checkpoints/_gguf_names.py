@@ -11,11 +11,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_GLOBAL = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
+_TIED = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+_GLOBAL = _TIED | {"output": "lm_head"}
 _ATTENTION = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -25,7 +22,10 @@ _ATTENTION = {
     "ffn_norm": "post_attention_layernorm",
 }
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_UP_DOWN = {"ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_MLP = _UP_DOWN | {"ffn_gate": "mlp.gate_proj"}
+# The experts are stacked in GGUF, so only the router has a name of its own to go back to.
+_ROUTER = {"ffn_gate_inp": "mlp.gate"}
 _NORMS_AROUND = {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
@@ -66,11 +66,11 @@ ARCHITECTURES = {
     "smollm3": Rules("smollm3", _LLAMA, _GLOBAL, permuted=_ROPE_PAIRS),
     "granite": Rules("granite", _LLAMA, _GLOBAL, permuted=_ROPE_PAIRS),
     "qwen2": Rules("qwen2", _LLAMA, _GLOBAL),
-    "qwen2moe": Rules("qwen2_moe", _LLAMA | {"ffn_gate_inp": "mlp.gate"}, _GLOBAL),
+    "qwen2moe": Rules("qwen2_moe", _ATTENTION | _ROUTER, _GLOBAL),
     "qwen3": Rules("qwen3", _LLAMA | _HEAD_NORMS, _GLOBAL),
-    "qwen3moe": Rules("qwen3_moe", _LLAMA | _HEAD_NORMS | {"ffn_gate_inp": "mlp.gate"}, _GLOBAL),
-    "gemma": Rules("gemma", _LLAMA, _GLOBAL, shifted_norms=True),
-    "gemma2": Rules("gemma2", _LLAMA | _NORMS_AROUND, _GLOBAL, shifted_norms=True),
+    "qwen3moe": Rules("qwen3_moe", _ATTENTION | _HEAD_NORMS | _ROUTER, _GLOBAL),
+    "gemma": Rules("gemma", _LLAMA, _TIED, shifted_norms=True),
+    "gemma2": Rules("gemma2", _LLAMA | _NORMS_AROUND, _TIED, shifted_norms=True),
     "gemma3": Rules(
         "gemma3_text", _LLAMA | _HEAD_NORMS | _NORMS_AROUND, _GLOBAL, shifted_norms=True
     ),
@@ -97,7 +97,7 @@ ARCHITECTURES = {
         "starcoder2", _ATTENTION | {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}, _GLOBAL
     ),
     "stablelm": Rules("stablelm", _LLAMA, _GLOBAL),
-    "nemotron": Rules("nemotron", _LLAMA, _GLOBAL, shifted_norms=True),
+    "nemotron": Rules("nemotron", _ATTENTION | _UP_DOWN, _GLOBAL, shifted_norms=True),
     "gpt2": Rules(
         "gpt2",
         {
