@@ -134,8 +134,10 @@ def _estimate(
     C = torch.bmm(rho.mT, rho).double()
     outside = torch.diagonal(C, dim1=1, dim2=2)[:, :k] / gap**2
     outside = torch.where(counted, outside, 0.0)
-    distance = (theta[:, :k, None] - theta[:, None, k:]).clamp_min(1e-300)
-    mixed = (C[:, :k, k:] / (gap[..., None] * distance)) ** 2
+    # Ritz values are themselves low by `shift`: closer ones than that are not told apart yet.
+    shift = torch.diagonal(C, dim1=1, dim2=2) / (theta - theta[:, -1:]).clamp_min(gap[:, -1:])
+    distance = (theta - shift)[:, :k, None] - (theta + shift)[:, None, k:]
+    mixed = (C[:, :k, k:] / (gap[..., None] * distance.clamp_min(1e-300))) ** 2
     mixed = torch.where(counted, mixed.sum(2), 0.0)
     error = (2 / k * (outside + mixed).clamp_max(1).sum(1)).sqrt()
     return error, (2 / k * outside.sum(1)).sqrt()
