@@ -115,7 +115,7 @@ class GgufCheckpoint(Checkpoint):
         meaning = entry.meaning
         if meaning.permuted is not None:
             heads = self._heads(meaning.permuted, meaning.block or 0)
-            values = _split_pairs(values, heads, name)
+            _split_pairs(values, heads, name)
         if meaning.shift:
             # In float32 first: 1 + w rounds to a different grid than w does.
             values = (values.float() + meaning.shift).to(values.dtype)
@@ -194,16 +194,20 @@ class GgufCheckpoint(Checkpoint):
         )
 
 
-def _split_pairs(values: torch.Tensor, heads: int, name: str) -> torch.Tensor:
-    """Restores rows (2, dim / 2) per head from the stored (dim / 2, 2)."""
+def _split_pairs(values: torch.Tensor, heads: int, name: str) -> None:
+    """Restores rows (2, dim / 2) per head from the stored (dim / 2, 2), in place.
+
+    One head at a time, so that no second copy of the matrix is made.
+    """
     rows = values.shape[0]
     if rows % (2 * heads):
         raise CheckpointError(
             f"{name!r} has {rows} rows, which {heads} heads of an even width cannot have; the "
             "GGUF file's head count is wrong, so convert the model again."
         )
-    pairs = values.reshape(heads, rows // heads // 2, 2, -1)
-    return pairs.transpose(1, 2).reshape(values.shape)
+    for head in values.view(heads, rows // heads, -1):
+        pairs = head.view(head.shape[0] // 2, 2, -1)
+        head.copy_(pairs.transpose(0, 1).reshape(head.shape))
 
 
 def _architecture(header: Header, path: Path) -> str:

@@ -50,7 +50,8 @@ def open_checkpoint(spec: str | os.PathLike[str], *, revision: str | None = None
         ...     base.read("model.embed_tokens.weight").shape
     """
     path = Path(spec).expanduser()
-    if path.exists():
+    # An empty name would mean the current directory, and pathlib raises on names that are too long.
+    if os.fspath(spec) and os.path.exists(path):
         if revision is not None:
             raise CheckpointError(
                 f"revision {revision!r} was given for {str(path)!r}, which is a path; leave it out "
