@@ -5,9 +5,18 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ._backends import Backend as Backend
 from ._backends import backends as backends
+from .product import svd_product as svd_product
+from .similarity import Similarity as Similarity
+from .similarity import subspace_similarity as subspace_similarity
 from .svd import ConvergenceWarning as ConvergenceWarning
 from .svd import truncated_svd as truncated_svd
 from .svd_types import SVD as SVD
+from .transfer import METHODS as METHODS
+from .transfer import UnvalidatedTransferWarning as UnvalidatedTransferWarning
+from .transfer import transfer_core as transfer_core
+from .transfer import transfer_lora as transfer_lora
+from .updates import update_inner as update_inner
+from .updates import update_norm as update_norm
 
 try:
     __version__ = version("lorax-kernels")

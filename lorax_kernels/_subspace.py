@@ -96,7 +96,7 @@ class _Ritz:
     """Ritz vectors of a block and what their residual says, for a stack."""
 
     Q: torch.Tensor  # (b, n, l) Ritz vectors
-    Y: torch.Tensor | None  # (b, m, l) W Q, unless the Gram matrix stood in for W
+    Y: torch.Tensor  # (b, m, l) W Q; no columns where the Gram matrix stood in for W
     Z: torch.Tensor  # (b, n, l) A Q
     theta: torch.Tensor  # (b, l) Ritz values of A, descending
     error: torch.Tensor  # (b,) estimated projector error of the leading k
@@ -168,7 +168,7 @@ def _gram_ritz(A: _Operator, Q: torch.Tensor, k: int) -> _Ritz:
     Z = ops.rotate(Z, R, backend=A.backend)
     rho = Z - Q * theta.to(Q.dtype)[:, None]
     error, planned = _estimate(rho, theta, k, Q.shape[1])
-    return _Ritz(Q, None, Z, theta.clamp_min(0), error, planned)
+    return _Ritz(Q, Q[:, :, :0], Z, theta.clamp_min(0), error, planned)
 
 
 def _ritz_dtype(Q: torch.Tensor) -> torch.dtype:
@@ -205,7 +205,6 @@ def _filter(A: _Operator, ritz: _Ritz, degree: int) -> torch.Tensor:
 
 def _finish(ritz: _Ritz, k: int, backend: str) -> Triplets:
     """Triplets of the leading `k` Ritz vectors, on the tall side as orthonormal as on the short."""
-    assert ritz.Y is not None
     Y = ritz.Y[:, :, :k].contiguous()
     S, order = torch.linalg.vector_norm(Y, dim=1).sort(dim=1, descending=True, stable=True)
     Y = Y.gather(2, order[:, None].expand_as(Y))

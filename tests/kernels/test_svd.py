@@ -8,13 +8,14 @@ only take one.
 
 import warnings
 
-import lorax_kernels as lk
 import pytest
 import torch
+from oracle import exact_svd, orthonormality, projector_error
+
+import lorax_kernels as lk
 from lorax_kernels import svd as svd_module
 from lorax_kernels._planning import Plan, plan
 from lorax_kernels.testing import SPECTRA, matrix
-from oracle import exact_svd, orthonormality, projector_error
 
 TOL = 1e-3
 SHAPES = [(199, 199), (300, 129), (129, 300)]
@@ -97,7 +98,7 @@ def test_equal_values_at_the_cut_are_reported_as_undetermined():
 def test_dtypes(dtype, path):
     W = matrix("power", 150, 111, 9, generator=seeded(5)).to(dtype)
     svd = lk.truncated_svd(W, 9)
-    U, S, V = exact_svd(W, 9)
+    U, S, _V = exact_svd(W, 9)
     assert svd.U.dtype == svd.S.dtype == svd.V.dtype == torch.float32
     assert projector_error(svd.U, U) <= TOL
     assert (svd.S.double() - S).abs().max() <= 2e-6 * S[0]
