@@ -237,6 +237,10 @@ class TestDownload:
         assert open_checkpoint(REPO).names() == ["a", "b"]
         assert "model-3.safetensors" not in hub.served
 
+    def test_an_index_that_leads_elsewhere(self, hub):
+        hub.files = {"model.safetensors.index.json": b'{"weight_map": {"w": "../x"}}'}
+        assert "puts 'w' into '../x'" in error_of(REPO)
+
     def test_an_incomplete_cache_is_completed(self, hub, cache):
         fill(cache, {"config.json": b"{}"})
         hub.files = {"model.safetensors": model(), "config.json": b"{}"}

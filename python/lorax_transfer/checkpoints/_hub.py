@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ._base import read_json
+from ._safetensors import read_index
 
 # The names that Hugging Face's libraries write, in their order of preference.
 STEMS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
@@ -58,7 +58,7 @@ def download_snapshot(repo_id: str, revision: str | None) -> Path:
         wanted = _choose(repo_id, names)
         if wanted[0].endswith(".index.json"):
             index = hub.hf_hub_download(repo_id, wanted[0], revision=revision)
-            wanted += sorted(set(read_json(Path(index)).get("weight_map", {}).values()))
+            wanted += sorted(set(read_index(Path(index)).values()))
         if "config.json" in names:
             wanted.append("config.json")
         return Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted))

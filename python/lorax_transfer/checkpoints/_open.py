@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ._base import Checkpoint, read_json
+from ._base import Checkpoint
 from ._gguf import GgufCheckpoint
 from ._gguf_header import MAGIC as GGUF_MAGIC
 from ._hub import STEMS, cached_snapshot, download_snapshot
-from ._safetensors import SafetensorsCheckpoint
+from ._safetensors import SafetensorsCheckpoint, read_index
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
@@ -189,19 +189,7 @@ def _what_is_there(path: Path, files: list[Path]) -> str:
 
 
 def _open_index(path: Path) -> Checkpoint:
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            f"The index {str(path)!r} has no weight_map, so it does not say which file holds which "
-            "tensor; download it again."
-        )
-    for name, shard in weight_map.items():
-        # An index comes from elsewhere: it must not lead out of its directory.
-        if not isinstance(shard, str) or not shard or Path(shard).name != shard:
-            raise CheckpointError(
-                f"The index {str(path)!r} puts {name!r} into {shard!r}; a file name beside the "
-                "index was expected."
-            )
+    weight_map = read_index(path)
     shards = [path.parent / shard for shard in sorted(set(weight_map.values()))]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:

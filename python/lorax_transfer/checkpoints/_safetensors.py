@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import CheckpointError
-from ._base import Checkpoint, read_into
+from ._base import Checkpoint, read_into, read_json
 
 # The format's own limit, so that a corrupt length cannot ask for the whole memory.
 MAX_HEADER_BYTES = 100_000_000
@@ -114,6 +114,34 @@ class SafetensorsCheckpoint(Checkpoint):
             return self._entries[name]
         except KeyError:
             raise self._unknown(name) from None
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Reads the index of a sharded checkpoint.
+
+    Args:
+        path: a `*.safetensors.index.json`.
+
+    Returns:
+        Tensor name to the name of the file that holds it, beside the index.
+
+    Raises:
+        CheckpointError: the file is no such index, or it names a file elsewhere.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"The index {str(path)!r} has no weight_map, so it does not say which file holds which "
+            "tensor; download it again."
+        )
+    for name, shard in weight_map.items():
+        # An index comes from elsewhere: it must not lead out of its directory.
+        if not isinstance(shard, str) or not shard or Path(shard).name != shard:
+            raise CheckpointError(
+                f"The index {str(path)!r} puts {name!r} into {shard!r}; a file name beside the "
+                "index was expected."
+            )
+    return weight_map
 
 
 def read_header(path: Path) -> dict[str, Entry]:
