@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lorax_transfer
 from lorax_transfer.atomic import atomic_file
 from lorax_transfer.demo.models import SOURCE, TARGET, adapter_directory, model_directory
 from lorax_transfer.demo.pairs import SentencePair, evaluation_pairs
@@ -76,9 +77,8 @@ def run_demo(
         methods: Methods that cut at a rank; direct copy always runs beside them.
         pairs: Sentence pairs to score on; by default those that ship with the demo.
         overwrite: Replace what an earlier run left in `output_dir`.
-        transfer: Called as `transfer(adapter, source, target, output=..., method=..., rank=...)`
-            with one more keyword, `overwrite=True`, when that was asked for; by default
-            `lorax_transfer.transfer`.
+        transfer: Called as `transfer(adapter, source, target, output=..., method=..., rank=...,
+            overwrite=...)`; by default `lorax_transfer.transfer`.
         progress: Called with a few words before each step.
 
     Returns:
@@ -102,7 +102,7 @@ def run_demo(
     outputs = [output_dir / (m if k is None else f"{m}-{k}") for m, k in jobs]
     _check_outputs([*outputs, output_dir / SCORES_FILE], overwrite)
 
-    transfer = transfer or _default_transfer()
+    transfer = transfer or lorax_transfer.transfer
     chosen = evaluation_pairs() if pairs is None else list(pairs)
     own = adapter_directory(SOURCE)
 
@@ -120,11 +120,10 @@ def run_demo(
         return DemoRow(name, kind, method, rank, scores, seconds, adapter)
 
     rows = [row(source, None, "none"), row(source, own, "own"), row(target, None, "none")]
-    options = {"overwrite": True} if overwrite else {}
     for (method, rank), output in zip(jobs, outputs, strict=True):
         progress(f"transferring: {method}" + ("" if rank is None else f", rank {rank}"))
         started = time.perf_counter()
-        transfer(own, source, target, output=output, method=method, rank=rank, **options)
+        transfer(own, source, target, output=output, method=method, rank=rank, overwrite=overwrite)
         seconds = time.perf_counter() - started
         rows.append(row(target, output, "transferred", method, rank, seconds))
     rows.append(row(target, adapter_directory(TARGET), "own"))
@@ -209,13 +208,6 @@ def show_demo(
     console.print(demo_table(rows))
     console.print(f"Adapters and {SCORES_FILE} are in {Path(output_dir).resolve()}")
     return rows
-
-
-def _default_transfer() -> Callable[..., Any]:
-    # Imported late: the package's entry point and its demo would otherwise import each other.
-    from lorax_transfer import transfer
-
-    return transfer
 
 
 def _check_outputs(outputs: Sequence[Path], overwrite: bool) -> None:
