@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Move a LoRA adapter from one base model to another without training or data: files to files.
+
+    >>> import lorax_transfer
+    >>> report = lorax_transfer.scan("adapter", "old-base", "new-base")  # doctest: +SKIP
+    >>> report.recommendation.verdict  # doctest: +SKIP
+    'copy'
+
+`transfer` writes the moved adapter, `scan` only measures; both return a `Report`. What they raise
+on bad input is in `lorax_transfer.errors`, and the same two calls are the command line's.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._api import scan as scan
+    from ._api import transfer as transfer
+    from .report import Report as Report
+
+_HOMES = {"transfer": "._api", "scan": "._api", "Report": ".report"}
+__all__ = ["Report", "scan", "transfer"]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when used: torch takes seconds to import, and `lorax-transfer --help` needs none of it.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two calls of the package: `transfer` and `scan`."""
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ._run import Progress, Run
+from .adapters import Adapter, LoraLayer, write_adapter
+from .errors import OutputError, TransferError
+from .preflight import PathLike, check_output
+from .provenance import card, provenance
+from .report import Report
+from .settings import Settings
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def transfer(
+    adapter: PathLike,
+    source: PathLike,
+    target: PathLike,
+    output: PathLike | None = None,
+    *,
+    method: str = "lorax",
+    rank: int | None = None,
+    energy: float | None = None,
+    min_similarity: float | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+    drop: Collection[str] = (),
+    dtype: str = "auto",
+    device: str = "auto",
+    backend: str = "auto",
+    dry_run: bool = False,
+    strict: bool = False,
+    overwrite: bool = False,
+    report: PathLike | None = None,
+    plot: PathLike | None = None,
+    cache: PathLike | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> Report:
+    """Move a LoRA adapter to another base model and write it.
+
+    Weights are read a few at a time, so memory does not grow with the models. The output appears
+    whole or not at all.
+
+    Args:
+        adapter: directory of a PEFT LoRA.
+        source: base model that it was trained on: a directory of safetensors, a .safetensors or
+            .gguf file, or a Hugging Face id.
+        target: base model to move it to, likewise.
+        output: directory to write; may be left out of a dry run.
+        method: "lorax" projects the update on the target's leading subspaces, "prolora" keeps the
+            part outside of them as well, "copy" carries the factors as they are.
+        rank: singular directions to keep in every layer; by default 320, capped in each layer at
+            the shorter side of its weight.
+        energy: keep the fewest directions that hold this share of each target weight's energy, in
+            (0, 1]; with `rank` at most that many.
+        min_similarity: leave a layer out, instead of moving it, where the similarity of U or V is
+            lower, in [0, 1]; ProLoRA used 0.8. The target then has no adapter there.
+        include: regular expression; only modules whose path contains it are moved.
+        exclude: regular expression; modules whose path contains it are not moved.
+        drop: kinds of content to leave behind that a transfer cannot carry, such as "dora" or
+            "modules_to_save" (keys of `lorax_transfer.adapters.DROPPABLE`).
+        dtype: of the written factors: "auto" (the adapter's own), "fp32", "bf16" or "fp16".
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+        backend: "auto", "cuda", "triton" or "reference".
+        dry_run: plan only: no weight is read and nothing is written.
+        strict: raise, and write no adapter, if a layer falls below `min_similarity`, changes shape,
+            or has a basis above its tolerance.
+        overwrite: replace an existing adapter in `output`.
+        report: .json file to write the report to.
+        plot: .png file to draw the report in.
+        cache: directory of bases to reuse and add to; by default that of the environment variable
+            LORAX_TRANSFER_CACHE, and none without it.
+        progress: called as `progress(stage, done, total)`.
+        command: command line to record in the adapter.
+
+    Returns:
+        The report.
+
+    Raises:
+        TransferError: something is missing, broken, or does not fit together; the subclasses in
+            `lorax_transfer.errors` say what.
+
+    Example:
+        >>> report = transfer("adapter", "base", "tuned", "moved")  # doctest: +SKIP
+        >>> report.totals.energy_written  # doctest: +SKIP
+        0.51
+    """
+    settings = Settings(
+        method, rank, energy, min_similarity, include, exclude, dtype, device, backend
+    )
+    if output is None and not dry_run:
+        raise OutputError("no output was given, expected a directory to write; or ask for a plan.")
+    if output is not None:
+        check_output(Path(output), overwrite)
+    run = Run(settings, drop, strict, report, plot, cache, progress, command)
+    with run.opened(adapter, source, target):
+        if dry_run:
+            return run.save(run.plan_report())
+        results = run.measure()
+        done = run.finish(results, run.hashes())
+        run.check_strict(done)
+        moved = [result.layer for result in results.values() if result.layer is not None]
+        if not moved:
+            raise TransferError(
+                f"none of the {len(results)} layers reaches a similarity of {min_similarity}, so "
+                "there is nothing to write; lower --min-similarity or use --method copy."
+            )
+        done = replace(done, output=str(output))
+        write_adapter(
+            run.adapter.with_layers(_cast(moved, run.adapter, settings.dtype)),
+            Path(output or ""),
+            base_model_name_or_path=run.target.location,
+            provenance=provenance(done),
+            model_card=card(done, settings.cut),
+            dtype=_DTYPES.get(settings.dtype),
+            overwrite=overwrite,
+        )
+        return run.save(done)
+
+
+def scan(
+    adapter: PathLike,
+    source: PathLike,
+    target: PathLike,
+    *,
+    method: str = "lorax",
+    rank: int | None = None,
+    energy: float | None = None,
+    min_similarity: float | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+    drop: Collection[str] = (),
+    device: str = "auto",
+    backend: str = "auto",
+    report: PathLike | None = None,
+    plot: PathLike | None = None,
+    cache: PathLike | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> Report:
+    """Measure what a transfer would do, and recommend to copy, to project, or not to.
+
+    Every method is measured whatever `method` says; it chooses only which one the table shows
+    layer by layer. No adapter is written, and the models are not hashed.
+
+    Args:
+        adapter: as for `transfer`, like the arguments that follow.
+        source: base model that the adapter was trained on.
+        target: base model to move it to.
+        method: method to show: "lorax", "prolora" or "copy".
+        rank: singular directions to keep; by default 320, capped in each layer.
+        energy: share of each target weight to keep.
+        min_similarity: layers below it are reported as left out.
+        include: regular expression of modules to measure.
+        exclude: regular expression of modules to pass over.
+        drop: kinds of content to pass over.
+        device: where to compute.
+        backend: backend of the kernels.
+        report: .json file to write the report to.
+        plot: .png file to draw the report in.
+        cache: directory of bases to reuse and add to.
+        progress: called as `progress(stage, done, total)`.
+        command: command line to record in the report.
+
+    Returns:
+        The report.
+
+    Raises:
+        TransferError: as `transfer` does.
+
+    Example:
+        >>> scan("adapter", "base", "tuned").recommendation.verdict  # doctest: +SKIP
+        'copy'
+    """
+    settings = Settings(
+        method, rank, energy, min_similarity, include, exclude, device=device, backend=backend
+    )
+    run = Run(settings, drop, False, report, plot, cache, progress, command)
+    with run.opened(adapter, source, target):
+        return run.save(run.finish(run.measure(), (None, None), kind="scan"))
+
+
+def _cast(layers: list[LoraLayer], adapter: Adapter, dtype: str) -> list[LoraLayer]:
+    """Under "auto" each factor gets its own dtype back; otherwise the writer rounds, once."""
+    if dtype != "auto":
+        return layers
+    return [
+        x.with_factors(
+            x.matrix_B.to(adapter.layers[x.module].lora_B.dtype),
+            x.matrix_A.to(adapter.layers[x.module].lora_A.dtype),
+        )
+        for x in layers
+    ]

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run, step by step: open, plan, measure, report; `transfer` and `scan` are made of these."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lorax_kernels as lk
+
+from .adapters import read_adapter
+from .adapters.kinds import check_drop
+from .atomic import atomic_file
+from .bases import BasisMaker
+from .checkpoints import Checkpoint, open_checkpoint
+from .engine import Engine, Result
+from .errors import TransferError
+from .plan import BATCH_BYTES, LayerPlan, make_plan
+from .preflight import PathLike, check_file, pick_device, probe_backend
+from .recommend import recommend
+from .report import LayerReport, Model, Report
+from .settings import TOLERANCE, Settings
+from .totals import total
+
+Progress = Callable[[str, int, int], None]
+
+CACHE_VARIABLE = "LORAX_TRANSFER_CACHE"
+_log = logging.getLogger("lorax_transfer")
+
+
+@dataclass
+class Run:
+    """One call, step by step; its inputs are there between `opened` and its end."""
+
+    settings: Settings
+    drop: Collection[str]
+    strict: bool
+    report_path: PathLike | None
+    plot_path: PathLike | None
+    cache: PathLike | None
+    progress: Progress | None
+    command: str | None
+
+    @contextmanager
+    def opened(self, adapter: PathLike, source: PathLike, target: PathLike) -> Iterator[None]:
+        """Check what can be checked at once, read the adapter and plan."""
+        self.started = time.perf_counter()
+        check_file(self.report_path, ".json", "report")
+        check_file(self.plot_path, ".png", "plot")
+        if self.plot_path is not None:
+            from . import plot  # noqa: F401  (fails now, not after the work, without matplotlib)
+        self.adapter = read_adapter(adapter, drop=self.drop)
+        with open_checkpoint(source) as self.source, open_checkpoint(target) as self.target:
+            self.plan = make_plan(self.adapter, self.source, self.target, self.settings)
+            yield
+
+    def measure(self) -> dict[str, Result]:
+        """Run the plan."""
+        device = pick_device(self.settings.device)
+        probe_backend(device, self.settings.backend)
+        cache = self.cache or os.environ.get(CACHE_VARIABLE) or None
+        bases = BasisMaker(
+            tol=TOLERANCE,
+            backend=self.settings.backend,
+            # A GPU has room to batch wider; in main memory the promise is a few weights at a time.
+            workspace=BATCH_BYTES if device.type == "cpu" else 16 * BATCH_BYTES,
+            cache=None if cache is None else Path(cache),
+        )
+        engine = Engine(self.source, self.target, self.settings, device, bases)
+        count, done = len(self.plan.layers), 0
+
+        def step(layers: int) -> None:
+            nonlocal done
+            done += layers
+            self._tell("layers", done, count)
+
+        self._tell("layers", 0, count)
+        try:
+            return engine.run(self.adapter, self.plan, step)
+        except torch.OutOfMemoryError as error:
+            raise TransferError(
+                f"{device} has too little memory for a layer of this model; use --device cpu."
+            ) from error
+
+    def hashes(self) -> tuple[str | None, str | None]:
+        """Content hashes of source and target."""
+        found = []
+        for i, checkpoint in enumerate((self.source, self.target)):
+            self._tell("hashing", i, 2)
+            found.append(checkpoint.content_hash())
+        self._tell("hashing", 2, 2)
+        return found[0], found[1]
+
+    def plan_report(self) -> Report:
+        """The report of a dry run."""
+        layers = {planned.module: self._planned(planned) for planned in self.plan.layers}
+        return self._report("plan", layers, (None, None))
+
+    def finish(
+        self,
+        results: dict[str, Result],
+        hashes: tuple[str | None, str | None],
+        kind: str = "transfer",
+    ) -> Report:
+        """The report of what was measured."""
+        layers = {module: result.report for module, result in results.items()}
+        if kind == "transfer":
+            for module, result in results.items():
+                if result.layer is not None:
+                    layers[module] = replace(layers[module], status="transferred")
+        done = self._report(kind, layers, hashes)
+        done = replace(done, recommendation=recommend(done.totals), warnings=_warnings(done))
+        for warning in done.warnings:
+            _log.warning(warning)
+        return done
+
+    def check_strict(self, done: Report) -> None:
+        """Raise under `strict` if a layer is not as it should be; the report is saved first."""
+        if not self.strict:
+            return
+        bad = [x for x in done.layers if x.status == "left out" or not x.is_validated]
+        bad += [x for x in done.layers if (x.svd_error or 0) > TOLERANCE and x not in bad]
+        if bad:
+            self.save(done)
+            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+            raise TransferError(
+                f"strict: {bad[0].module}{more} of {len(done.layers)} layers did not pass: "
+                f"{bad[0].reason}; no adapter was written."
+            )
+
+    def save(self, done: Report) -> Report:
+        """Write the report and the plot where they were asked for."""
+        done = replace(done, seconds=time.perf_counter() - self.started)
+        if self.report_path is not None:
+            with atomic_file(self.report_path) as temporary:
+                temporary.write_text(done.to_json(), encoding="utf-8")
+        if self.plot_path is not None:
+            from .plot import draw
+
+            with atomic_file(self.plot_path) as temporary:
+                draw(done, temporary)
+        return done
+
+    def _planned(self, planned: LayerPlan) -> LayerReport:
+        return LayerReport(
+            module=planned.module,
+            status="planned",
+            reason=planned.reason,
+            method=self.settings.method,
+            lora_rank=planned.lora_rank,
+            rank=planned.rank,
+            source_tensor=planned.source_tensor,
+            target_tensor=planned.target_tensor,
+            source_shape=planned.source_shape,
+            target_shape=planned.target_shape,
+            is_validated=not planned.is_reshaped,
+        )
+
+    def _report(
+        self, kind: str, layers: dict[str, LayerReport], hashes: tuple[str | None, str | None]
+    ) -> Report:
+        for module, reason in self.plan.excluded.items():
+            layer = self.adapter.layers[module]
+            norm = lk.update_norm(layer.matrix_B, layer.matrix_A) * abs(layer.scale)
+            layers[module] = LayerReport(
+                module, "excluded", reason, self.settings.method, layer.rank, update_norm=norm
+            )
+        ordered = tuple(layers[module] for module in self.adapter.layers)
+        settings: dict[str, Any] = {**asdict(self.settings), "tol": TOLERANCE}
+        settings.update(drop=sorted(check_drop(self.drop)), strict=self.strict)
+        return Report(
+            kind=kind,
+            version=lk.__version__,
+            command=self.command,
+            adapter=Model(
+                str(self.adapter.location), None, "peft", self.adapter.content_hash, rule=""
+            ),
+            source=_model(self.source, hashes[0], self.plan.source_rule),
+            target=_model(self.target, hashes[1], self.plan.target_rule),
+            settings=settings,
+            dropped=self.adapter.dropped,
+            dropped_kinds=self.adapter.dropped_kinds,
+            layers=ordered,
+            totals=total(ordered, TOLERANCE),
+            recommendation=None,
+            warnings=(),
+            memory_bytes=self.plan.memory_bytes,
+            seconds=0.0,
+            output=None,
+        )
+
+    def _tell(self, stage: str, done: int, count: int) -> None:
+        if self.progress is not None:
+            self.progress(stage, done, count)
+
+
+def _model(checkpoint: Checkpoint, content_hash: str | None, rule: str) -> Model:
+    return Model(
+        checkpoint.location, checkpoint.revision, checkpoint.format, content_hash, rule=rule
+    )
+
+
+def _warnings(done: Report) -> tuple[str, ...]:
+    totals, found = done.totals, []
+    if totals.unvalidated:
+        found.append(
+            f"{totals.unvalidated} of {totals.layers} layers change shape: the published formula "
+            "was followed, but no one has shown that it carries what an adapter learned."
+        )
+    if totals.left_out:
+        found.append(
+            f"{totals.left_out} of {totals.layers} layers are below the similarity asked for and get "
+            "no adapter."
+        )
+    if totals.above_tolerance:
+        found.append(
+            f"{totals.above_tolerance} of {totals.layers} layers have a basis above its tolerance "
+            f"of {TOLERANCE:g}; the singular values at their cut are too close, so try another "
+            "rank."
+        )
+    drifts = [x.drift for x in done.layers if x.is_measured]
+    if drifts and all(drift == 0 for drift in drifts):
+        found.append(
+            "source and target are identical in every layer, so the adapter fits the target as it "
+            "is; check that these are the models you mean."
+        )
+    return tuple(found)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a transfer is to be done: the options that both the functions and the command line take."""
+
+import re
+from dataclasses import dataclass
+
+from .errors import TransferError
+
+METHODS = ("lorax", "prolora", "copy")
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+BACKENDS = ("auto", "cuda", "triton", "reference")
+
+# The rank that LoRA-X was published with.
+DEFAULT_RANK = 320
+
+# Relative projector error of every basis; the rounding of a bf16 adapter is 4e-3.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of one run, checked.
+
+    Attributes:
+        method: "lorax", "prolora" or "copy".
+        rank: singular directions to keep in every layer; None for `DEFAULT_RANK` or `energy`.
+        energy: keep the fewest directions that hold this share of each target weight, in (0, 1].
+        min_similarity: leave a layer out where the similarity of U or of V is lower, in [0, 1].
+        include: regular expression that a module's path has to contain.
+        exclude: regular expression that it must not contain.
+        dtype: of the written factors: "auto" (the adapter's own), "fp32", "bf16" or "fp16".
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        backend: "auto", "cuda", "triton" or "reference".
+
+    Raises:
+        TransferError: an option is out of range.
+    """
+
+    method: str = "lorax"
+    rank: int | None = None
+    energy: float | None = None
+    min_similarity: float | None = None
+    include: str | None = None
+    exclude: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check every option that can be checked without a model."""
+        _one_of("method", self.method, METHODS)
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("backend", self.backend, BACKENDS)
+        if self.rank is not None and self.rank < 1:
+            raise TransferError(f"rank is {self.rank}, expected 1 or more.")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise TransferError(f"energy is {self.energy}, expected a share in (0, 1], e.g. 0.9.")
+        if self.min_similarity is not None and not 0 <= self.min_similarity <= 1:
+            raise TransferError(
+                f"min_similarity is {self.min_similarity}, expected a number in [0, 1], e.g. 0.8."
+            )
+        for name in ("include", "exclude"):
+            pattern = getattr(self, name)
+            if pattern is None:
+                continue
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise TransferError(
+                    f"{name} is {pattern!r}, which is no regular expression ({error})."
+                ) from error
+
+    def excludes(self, module: str) -> str | None:
+        """Say which option leaves a module out.
+
+        Args:
+            module: path of the module.
+
+        Returns:
+            A few words for the report, or None if the module stays.
+        """
+        if self.include is not None and not re.search(self.include, module):
+            return f"not matched by --include {self.include}"
+        if self.exclude is not None and re.search(self.exclude, module):
+            return f"matched by --exclude {self.exclude}"
+        return None
+
+    @property
+    def cut(self) -> str:
+        """Where the bases are cut, in words: "rank 320", "energy 0.9"."""
+        if self.energy is None:
+            return f"rank {DEFAULT_RANK if self.rank is None else self.rank}"
+        limit = "" if self.rank is None else f", at most rank {self.rank}"
+        return f"energy {self.energy:g}{limit}"
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise TransferError(f"{name} is {value!r}, expected one of {', '.join(allowed)}.")
