@@ -19,7 +19,21 @@ from setuptools import setup
 BUILD = os.environ.get("LORAX_KERNELS_BUILD", "auto")
 NOTE = "_build_note.txt"
 CPP_SOURCES = ["csrc/module.cpp"]
-CUDA_SOURCES: list[str] = []
+CUDA_SOURCES = [
+    "csrc/registration.cpp",
+    "csrc/products.cu",
+    "csrc/thin_matmul.cu",
+    "csrc/gram.cu",
+    "csrc/rotate.cu",
+    "csrc/orthonormalize.cu",
+    "csrc/symmetric_eigh.cu",
+]
+
+
+def library_headers():
+    """Where cuBLAS's headers are beside torch, if the CUDA toolkit came without them."""
+    site = Path(__import__("torch").__file__).resolve().parents[1]
+    return [str(path) for path in sorted(site.glob("nvidia/*/include"))]
 
 
 def plan():
@@ -41,14 +55,14 @@ then `pip install --no-build-isolation .`",
     with_cuda = bool(CUDA_SOURCES) and torch.version.cuda and cpp_extension.CUDA_HOME
     arguments = {
         "name": "lorax_kernels._C",
-        "include_dirs": [str(Path(__file__).resolve().parent / "csrc")],
+        "include_dirs": [str(Path(__file__).resolve().parent / "csrc"), *library_headers()],
         "define_macros": [("LORAX_WITH_CUDA", "1")] if with_cuda else [],
     }
     if with_cuda:
         extension = cpp_extension.CUDAExtension(
             sources=CPP_SOURCES + CUDA_SOURCES,
-            libraries=["cusolver", "cublas"],
-            extra_compile_args={"cxx": ["-O3"], "nvcc": ["-O3", "--use_fast_math=false"]},
+            # cuBLAS and cuSOLVER are those that torch has loaded; nothing is linked twice.
+            extra_compile_args={"cxx": ["-O2"], "nvcc": ["-O3", "-std=c++17"]},
             **arguments,
         )
         note = "built with CUDA"

@@ -9,6 +9,30 @@ from .reference import gram_reference
 _backends.register_reference("gram", gram_reference)
 
 
+def _triton(X: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    from .triton_kernel import gram_triton
+
+    return gram_triton(X, dtype)
+
+
+def _triton_refuses(X: torch.Tensor, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64 or X.dtype == torch.float64:
+        return "it has no float64 products"
+    return None
+
+
+_backends.register(
+    "cuda",
+    "gram",
+    _backends.Kernel(torch.ops.lorax_kernels.gram, "any dtype; cuBLAS products, float64 as such"),
+)
+_backends.register(
+    "triton",
+    "gram",
+    _backends.Kernel(_triton, "float32 from 16-bit and float32 blocks", _triton_refuses),
+)
+
+
 def gram(
     X: torch.Tensor, *, dtype: torch.dtype = torch.float32, backend: str = "auto"
 ) -> torch.Tensor:

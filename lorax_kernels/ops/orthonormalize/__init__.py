@@ -9,6 +9,39 @@ from .reference import orthonormalize_reference
 _backends.register_reference("orthonormalize", orthonormalize_reference)
 
 
+# Columns whose Cholesky panel fits the shared memory of a CTA: 227 KB on sm_90, 163 KB on sm_80.
+_CUDA_COLUMNS = {9: 704, 8: 512}
+
+
+def _cuda_refuses(X: torch.Tensor) -> str | None:
+    limit = _CUDA_COLUMNS.get(torch.cuda.get_device_capability(X.device)[0], _CUDA_COLUMNS[8])
+    if X.shape[2] > limit:
+        return f"it factors up to {limit} columns on this device, got {X.shape[2]}"
+    return None
+
+
+def _triton(X: torch.Tensor) -> torch.Tensor:
+    from .triton_kernel import orthonormalize_triton
+
+    return orthonormalize_triton(X)
+
+
+_backends.register(
+    "cuda",
+    "orthonormalize",
+    _backends.Kernel(
+        torch.ops.lorax_kernels.orthonormalize,
+        "up to 704 columns (512 before sm_90); Cholesky QR, three or four passes",
+        _cuda_refuses,
+    ),
+)
+_backends.register(
+    "triton",
+    "orthonormalize",
+    _backends.Kernel(_triton, "any size; shifted Cholesky QR over torch's Cholesky"),
+)
+
+
 def orthonormalize(X: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
     """Orthonormal columns that span the columns of each block.
 

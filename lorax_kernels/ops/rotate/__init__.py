@@ -9,6 +9,22 @@ from .reference import rotate_reference
 _backends.register_reference("rotate", rotate_reference)
 
 
+def _triton(X: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+    from .triton_kernel import rotate_triton
+
+    return rotate_triton(X, R)
+
+
+_backends.register(
+    "cuda",
+    "rotate",
+    _backends.Kernel(torch.ops.lorax_kernels.rotate, "any size; cuBLAS products of float16 pieces"),
+)
+_backends.register(
+    "triton", "rotate", _backends.Kernel(_triton, "any size; three bfloat16 pieces in registers")
+)
+
+
 def rotate(X: torch.Tensor, R: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
     """Blocks of columns times small matrices, to float32 accuracy.
 

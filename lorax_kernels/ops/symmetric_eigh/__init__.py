@@ -9,6 +9,22 @@ from .reference import symmetric_eigh_reference
 _backends.register_reference("symmetric_eigh", symmetric_eigh_reference)
 
 
+_backends.register(
+    "cuda",
+    "symmetric_eigh",
+    _backends.Kernel(
+        torch.ops.lorax_kernels.symmetric_eigh,
+        "float32 and float64; cuSOLVER's XsyevBatched, torch.linalg.eigh before CUDA 12.6.2",
+    ),
+)
+# A tridiagonalisation is latency and memory traffic, where Triton has nothing to win.
+_backends.register(
+    "triton",
+    "symmetric_eigh",
+    _backends.Kernel(symmetric_eigh_reference, "float32 and float64; torch.linalg.eigh"),
+)
+
+
 def symmetric_eigh(H: torch.Tensor, *, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
     """Eigendecomposition of a batch of symmetric matrices, largest eigenvalue first.
 

@@ -9,6 +9,27 @@ from .reference import thin_matmul_reference
 _backends.register_reference("thin_matmul", thin_matmul_reference)
 
 
+def _triton(W: torch.Tensor, X: torch.Tensor, transpose: bool, pieces: int) -> torch.Tensor:
+    from .triton_kernel import thin_matmul_triton
+
+    return thin_matmul_triton(W, X, transpose, pieces)
+
+
+_backends.register(
+    "cuda",
+    "thin_matmul",
+    _backends.Kernel(
+        torch.ops.lorax_kernels.thin_matmul,
+        "bfloat16, float16 and float32 weights; cuBLAS products of 16-bit pieces",
+    ),
+)
+_backends.register(
+    "triton",
+    "thin_matmul",
+    _backends.Kernel(_triton, "bfloat16, float16 and float32 weights; pieces split in registers"),
+)
+
+
 def thin_matmul(
     W: torch.Tensor,
     X: torch.Tensor,

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// X^T X for a batch of blocks, exactly symmetric.
+//
+// float32 from float32: two float16 pieces of scaled columns, H = P_0^T P_0 and C = P_0^T P_1 in
+// one product, G = H + C + C^T; the diagonal from exact norms. float32 from 16-bit blocks: one
+// product, exact factors. float64: cuBLAS on an upcast copy (Hopper multiplies float64 on tensor
+// cores).
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <algorithm>
+
+#include "checks.h"
+#include "kernels/symmetric.cuh"
+#include "products.h"
+
+namespace lorax {
+namespace {
+
+// The float64 copy of the block is made a few matrices at a time, in scratch of about this size.
+constexpr int64_t kScratchBytes = int64_t{512} << 20;
+
+void gram_float64(const at::Tensor& X, at::Tensor& G) {
+  const int64_t batch = X.size(0), rows = X.size(1), columns = X.size(2);
+  const int64_t step = std::clamp<int64_t>(kScratchBytes / (rows * columns * 8), 1, batch);
+  for (int64_t start = 0; start < batch; start += step) {
+    const int64_t some = std::min(step, batch - start);
+    const at::Tensor wide = X.narrow(0, start, some).to(at::kDouble).contiguous();
+    const void* data = wide.const_data_ptr();
+    multiply(at::kDouble, some, columns, columns, rows, 1.0, {data, columns, rows * columns, true},
+             {data, columns, rows * columns}, 0.0,
+             G.mutable_data_ptr<double>() + start * columns * columns, columns, columns * columns);
+  }
+  C10_CUDA_CHECK(launch_mirror(G.mutable_data_ptr<double>(), batch, columns,
+                               c10::cuda::getCurrentCUDAStream()));
+}
+
+void gram_exact_factors(const at::Tensor& X, at::Tensor& G) {
+  const int64_t batch = X.size(0), rows = X.size(1), columns = X.size(2);
+  const at::Tensor kept = X.contiguous();
+  const void* data = kept.const_data_ptr();
+  multiply(X.scalar_type(), batch, columns, columns, rows, 1.0,
+           {data, columns, rows * columns, true}, {data, columns, rows * columns}, 0.0,
+           G.mutable_data_ptr(), columns, columns * columns);
+  C10_CUDA_CHECK(launch_mirror(G.mutable_data_ptr<float>(), batch, columns,
+                               c10::cuda::getCurrentCUDAStream()));
+}
+
+void gram_pieces(const at::Tensor& X, at::Tensor& G) {
+  const at::Tensor kept = X.contiguous();
+  const ColumnScales scales = column_scales(kept, 0.f);
+  const at::Tensor T = piece_products(side_by_side_pieces(kept, scales.scale, 0));
+  C10_CUDA_CHECK(launch_combine(T.const_data_ptr<float>(), scales.scale.const_data_ptr<float>(),
+                                scales.square.const_data_ptr<float>(), G.mutable_data_ptr<float>(),
+                                nullptr, X.size(0), X.size(2), X.size(2),
+                                c10::cuda::getCurrentCUDAStream()));
+}
+
+}  // namespace
+
+at::Tensor gram(const at::Tensor& X, at::ScalarType dtype) {
+  check_block(X, "X");
+  const c10::cuda::CUDAGuard guard(X.device());
+  at::Tensor G = at::empty({X.size(0), X.size(2), X.size(2)}, X.options().dtype(dtype));
+  if (G.numel() == 0) return G;
+  if (X.numel() == 0) return G.zero_();
+  if (dtype == at::kDouble) {
+    gram_float64(X, G);
+  } else if (X.scalar_type() == at::kFloat || X.scalar_type() == at::kDouble) {
+    gram_pieces(X.to(at::kFloat), G);
+  } else {
+    gram_exact_factors(X, G);
+  }
+  return G;
+}
+
+}  // namespace lorax

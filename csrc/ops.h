@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+// The ops that this extension implements for CUDA tensors; contracts in lorax_kernels/_ops.py.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+
+namespace lorax {
+
+at::Tensor thin_matmul(const at::Tensor& W, const at::Tensor& X, bool transpose, int64_t pieces);
+at::Tensor gram(const at::Tensor& X, at::ScalarType dtype);
+at::Tensor orthonormalize(const at::Tensor& X);
+std::tuple<at::Tensor, at::Tensor> symmetric_eigh(const at::Tensor& H);
+at::Tensor rotate(const at::Tensor& X, const at::Tensor& R);
+
+}  // namespace lorax

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attaches the CUDA kernels to the ops that lorax_kernels/_ops.py defines.
+#include <torch/library.h>
+
+#include "ops.h"
+
+TORCH_LIBRARY_IMPL(lorax_kernels, CUDA, m) {
+  m.impl("thin_matmul", TORCH_FN(lorax::thin_matmul));
+  m.impl("gram", TORCH_FN(lorax::gram));
+  m.impl("orthonormalize", TORCH_FN(lorax::orthonormalize));
+  m.impl("symmetric_eigh", TORCH_FN(lorax::symmetric_eigh));
+  m.impl("rotate", TORCH_FN(lorax::rotate));
+}

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+// Eigendecomposition of a batch of symmetric matrices, largest eigenvalue first, through cuSOLVER's
+// XsyevBatched (CUDA 12.6.2 and newer), which takes the whole batch where torch.linalg.eigh loops.
+//
+// The functions are looked up in the cuSOLVER that torch has loaded, so that the extension neither
+// links a second one nor fails to load beside an older one.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linalg_eigh.h>
+#include <ATen/ops/ones.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cusolverDn.h>
+#include <dlfcn.h>
+
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "checks.h"
+
+namespace lorax {
+namespace {
+
+struct Solver {
+  decltype(&cusolverDnCreate) create = nullptr;
+  decltype(&cusolverDnSetStream) set_stream = nullptr;
+  decltype(&cusolverDnCreateParams) create_params = nullptr;
+  decltype(&cusolverDnXsyevBatched_bufferSize) buffer_size = nullptr;
+  decltype(&cusolverDnXsyevBatched) run = nullptr;
+};
+
+void* open_library() {
+  for (const char* name : {"libcusolver.so.12", "libcusolver.so.11"}) {
+    if (void* library = dlopen(name, RTLD_NOW | RTLD_NOLOAD)) return library;
+  }
+  return nullptr;
+}
+
+// Null where this cuSOLVER has no batched solver.
+const Solver* find_solver(const at::Tensor& H) {
+  static const Solver solver = [&] {
+    Solver found;
+    void* library = open_library();
+    if (library == nullptr) {
+      // torch loads its linear algebra when it is first used.
+      at::linalg_eigh(at::ones({1, 1}, H.options()));
+      library = open_library();
+    }
+    if (library == nullptr) return found;
+    const auto look_up = [&](auto& function, const char* name) {
+      function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(library, name));
+    };
+    look_up(found.create, "cusolverDnCreate");
+    look_up(found.set_stream, "cusolverDnSetStream");
+    look_up(found.create_params, "cusolverDnCreateParams");
+    look_up(found.buffer_size, "cusolverDnXsyevBatched_bufferSize");
+    look_up(found.run, "cusolverDnXsyevBatched");
+    return found;
+  }();
+  return solver.run != nullptr ? &solver : nullptr;
+}
+
+#define LORAX_CUSOLVER_CHECK(call)                                                           \
+  do {                                                                                       \
+    const cusolverStatus_t status_ = (call);                                                 \
+    TORCH_CHECK(status_ == CUSOLVER_STATUS_SUCCESS, "cuSOLVER failed in " #call ": status ", \
+                static_cast<int>(status_));                                                  \
+  } while (0)
+
+// What a solve needs beside its matrices, kept for one device and stream: calls on one stream run
+// one after the other, so they may share it.
+struct State {
+  cusolverDnHandle_t handle = nullptr;
+  cusolverDnParams_t params = nullptr;
+  // Sizes asked from cuSOLVER, which takes it longer than a small solve: (dtype, l, batch).
+  std::map<std::tuple<int, int64_t, int64_t>, std::pair<size_t, size_t>> sizes;
+};
+
+State& state_of(const Solver& solver, int device, cudaStream_t stream) {
+  static std::map<std::pair<int, cudaStream_t>, State> states;
+  State& state = states[{device, stream}];
+  if (state.handle == nullptr) {
+    LORAX_CUSOLVER_CHECK(solver.create(&state.handle));
+    LORAX_CUSOLVER_CHECK(solver.set_stream(state.handle, stream));
+    LORAX_CUSOLVER_CHECK(solver.create_params(&state.params));
+  }
+  return state;
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> symmetric_eigh(const at::Tensor& H) {
+  check_block(H, "H");
+  const c10::cuda::CUDAGuard guard(H.device());
+  const int64_t batch = H.size(0), l = H.size(1);
+  at::Tensor values = at::empty({batch, l}, H.options());
+  if (H.numel() == 0) return {values, at::empty(H.sizes(), H.options())};
+  const Solver* solver = find_solver(H);
+  if (solver == nullptr) {
+    const auto [ascending, vectors] = at::linalg_eigh(H);
+    return {ascending.flip({-1}), vectors.flip({-1}).contiguous()};
+  }
+  // Ascending eigenvalues of -H are the descending ones of H; the solver overwrites its input.
+  at::Tensor work = H.neg().contiguous();
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const cudaDataType_t type = H.scalar_type() == at::kDouble ? CUDA_R_64F : CUDA_R_32F;
+  const at::Tensor info = at::empty({batch}, H.options().dtype(at::kInt));
+  {
+    static std::mutex mutex;
+    const std::lock_guard<std::mutex> lock(mutex);
+    State& state = state_of(*solver, H.get_device(), stream);
+    auto& [device_bytes, host_bytes] = state.sizes[{static_cast<int>(type), l, batch}];
+    if (device_bytes == 0) {
+      LORAX_CUSOLVER_CHECK(
+          solver->buffer_size(state.handle, state.params, CUSOLVER_EIG_MODE_VECTOR,
+                              CUBLAS_FILL_MODE_LOWER, l, type, work.const_data_ptr(), l, type,
+                              values.const_data_ptr(), type, &device_bytes, &host_bytes, batch));
+    }
+    const auto bytes = H.options().dtype(at::kByte);
+    // From torch's caching allocator: kept between calls, and given back under memory pressure.
+    const at::Tensor scratch = at::empty({static_cast<int64_t>(device_bytes)}, bytes);
+    const at::Tensor host = at::empty({static_cast<int64_t>(host_bytes)}, bytes.device(at::kCPU));
+    LORAX_CUSOLVER_CHECK(
+        solver->run(state.handle, state.params, CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_LOWER, l,
+                    type, work.mutable_data_ptr(), l, type, values.mutable_data_ptr(), type,
+                    scratch.mutable_data_ptr(), device_bytes, host.mutable_data_ptr(), host_bytes,
+                    info.mutable_data_ptr<int>(), batch));
+  }
+  // Column-major eigenvectors are the rows of the row-major view.
+  return {values.neg_(), work.mT().contiguous()};
+}
+
+}  // namespace lorax

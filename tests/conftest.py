@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test runs under: fixed seeds, poisoned memory, full float32 products."""
+
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+_SEED = 42
+_PACKAGE = "lorax_kernels"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and PyTorch sees none here")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_conditions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Seeds every generator and turns TF32 off; a backend set in the environment is ignored."""
+    monkeypatch.delenv("LORAX_KERNELS_BACKEND", raising=False)
+    torch.manual_seed(_SEED)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = False
+    yield
+    matmul.allow_tf32 = before
+
+
+def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        made = make(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.split(".")[0] == _PACKAGE and made.is_floating_point() and not _is_fake(made):
+            made.fill_(float("nan"))
+        return made
+
+    return poisoned
+
+
+def _is_fake(made: torch.Tensor) -> bool:
+    return isinstance(made, torch._subclasses.FakeTensor) or made.is_meta
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills what the package allocates with NaN, so that an element nobody writes shows."""
+    monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))

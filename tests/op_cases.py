@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs and float64 answers of the ops under the truncated SVD, shared by the test tiers."""
+
+import torch
+
+# Unit roundoff of bfloat16 pieces: the k-th piece leaves 2^-8k of an element. Products add a few of
+# them; sums in float32 add about 1e-6 at the longest inner sizes here.
+PIECE_TOLERANCE = {1: 2.0**-7, 2: 2.0**-14, 3: 4e-6}
+FLOAT32_TOLERANCE = 4e-6
+ORTHONORMAL_TOLERANCE = 2e-6
+# (batch, m, n, l): one, odd, prime, one past a power of two; one column, and as many as W has
+THIN_SHAPES = [
+    (1, 1, 1, 1),
+    (3, 63, 199, 7),
+    (2, 199, 63, 63),
+    (2, 1025, 63, 16),
+    (1, 64, 1025, 65),
+]
+# (batch, n, l): the same for blocks
+BLOCK_SHAPES = [(1, 1, 1), (3, 63, 7), (2, 199, 63), (1, 1025, 199), (2, 130, 130), (1, 65, 64)]
+
+
+def label(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Frobenius error relative to the exact answer; NaN where anything is not finite."""
+    exact = exact.double()
+    return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-300))
+
+
+def orthogonality(Q: torch.Tensor) -> float:
+    """Largest element of |Q^T Q - I|."""
+    Q = Q.double()
+    return float((Q.mT @ Q - torch.eye(Q.shape[2], device=Q.device, dtype=Q.dtype)).abs().max())
+
+
+def unspanned(X: torch.Tensor, Q: torch.Tensor) -> float:
+    """Largest share of a column of `X` outside the span of `Q`."""
+    X, Q = X.double(), Q.double()
+    X = X / X.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    return float((X - Q @ (Q.mT @ X)).norm(dim=1).max())
+
+
+def awkward(X: torch.Tensor) -> torch.Tensor:
+    """The same values behind strides and an address that no vector load likes."""
+    base = torch.empty(X.numel() * 2 + 1, dtype=X.dtype, device=X.device)
+    view = base[1:].as_strided(X.shape, (2 * X.stride(0), 2 * X.stride(1), 2))
+    view.copy_(X)
+    return view
+
+
+def hard_blocks(n: int, l: int, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Blocks `(1, n, l)` that break a naive orthonormalisation, by name."""
+    normal = torch.randn(1, n, l, device=device)
+    duplicates = normal.clone()
+    duplicates[:, :, l // 2 :] = normal[:, :, : l - l // 2]
+    zeros = normal.clone()
+    zeros[:, :, ::3] = 0
+    low_rank = torch.randn(1, n, 2, device=device) @ torch.randn(1, 2, l, device=device)
+    graded = normal * 10.0 ** torch.linspace(-18, 18, l, device=device)
+    U = torch.linalg.qr(normal).Q
+    V = torch.linalg.qr(torch.randn(1, l, l, device=device)).Q
+    steep = U * 10.0 ** torch.linspace(0, -7, l, device=device) @ V
+    return {
+        "normal": normal,
+        "duplicate columns": duplicates,
+        "zero columns": zeros,
+        "all zeros": torch.zeros_like(normal),
+        "rank two": low_rank,
+        "columns from 1e-18 to 1e18": graded,
+        "condition 1e7": steep,
+        "tiny": normal * 1e-20,
+        "huge": normal * 1e18,
+    }
