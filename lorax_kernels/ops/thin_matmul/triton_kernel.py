@@ -30,6 +30,7 @@ def split_matmul_kernel(
     C,
     rows,
     columns,
+    depth,
     a_batch,
     a_row,
     a_depth,
@@ -38,7 +39,6 @@ def split_matmul_kernel(
     b_column,
     c_batch,
     c_row,
-    DEPTH: tl.constexpr,
     A_PIECES: tl.constexpr,
     B_PIECES: tl.constexpr,
     ORDER: tl.constexpr,
@@ -55,7 +55,6 @@ def split_matmul_kernel(
     A  (batch, rows, depth)     any strides; float32, bfloat16 or float16
     B  (batch, depth, columns)  any strides; the same
     C  (batch, rows, columns)   float32, contiguous rows
-    DEPTH is a constant because Triton's interpreter takes no other bound of a loop.
     SYMMETRIC: C is known to be symmetric; tiles on and above the diagonal are computed and mirrored
     """
     tile_column = tl.program_id(0)
@@ -69,14 +68,14 @@ def split_matmul_kernel(
     a = A + batch * a_batch + row[:, None].to(tl.int64) * a_row
     b = B + batch * b_batch + column[None, :].to(tl.int64) * b_column
     total = tl.zeros((TILE_ROWS, TILE_COLUMNS), dtype=tl.float32)
-    for start in range(0, DEPTH, TILE_DEPTH):
+    for start in range(0, depth, TILE_DEPTH):
         at = (start + step).to(tl.int64)
         left = tl.load(
-            a + at[None, :] * a_depth, mask=(row[:, None] < rows) & (at[None, :] < DEPTH), other=0.0
+            a + at[None, :] * a_depth, mask=(row[:, None] < rows) & (at[None, :] < depth), other=0.0
         )
         right = tl.load(
             b + at[:, None] * b_depth,
-            mask=(at[:, None] < DEPTH) & (column[None, :] < columns),
+            mask=(at[:, None] < depth) & (column[None, :] < columns),
             other=0.0,
         )
         left_0 = left.to(tl.bfloat16)
@@ -147,11 +146,12 @@ def launch_split_matmul(
         C,
         rows,
         columns,
+        # The interpreter takes no bound of a loop but a constant.
+        tl.constexpr(depth) if _INTERPRETED else depth,
         *A.stride(),
         *B.stride(),
         C.stride(0),
         C.stride(1),
-        DEPTH=depth,
         A_PIECES=pieces[A.dtype],
         B_PIECES=pieces[B.dtype],
         ORDER=order,
