@@ -174,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     jobs = parser.add_subparsers(dest="job", required=True)
     pairs_job = jobs.add_parser("pairs", help="write the evaluation pairs")
-    pairs_job.add_argument("--count", type=int, default=800)
+    pairs_job.add_argument("--count", type=int, default=500)
     train_job = jobs.add_parser("train", help="train an adapter")
     train_job.add_argument("--model", choices=["source", "target"], required=True)
     train_job.add_argument("--steps", type=int, default=100)

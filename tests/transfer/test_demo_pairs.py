@@ -32,7 +32,7 @@ def shipped() -> list[SentencePair]:
 
 
 def test_shipped_pairs_are_all_on_the_evaluation_side(shipped: list[SentencePair]) -> None:
-    assert len(shipped) == 800
+    assert len(shipped) == 500
     assert [p for p in shipped if not is_evaluation_pair(p) or is_training_pair(p)] == []
 
 

@@ -201,6 +201,6 @@ def test_trained_adapters_lift_the_real_models() -> None:
         directory = model_directory(model)
         before = score_encoder(load_encoder(directory), pairs)
         after = score_encoder(load_encoder(directory, adapter_directory(model)), pairs)
-        # Measured on all 800 pairs and written down in the data folder's README; the standard
+        # Measured on all 500 pairs and written down in the data folder's README; the standard
         # error of an accuracy on 200 pairs is under 0.036, so 0.2 is far beyond chance.
         assert after.accuracy > before.accuracy + 0.2, model.name
