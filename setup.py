@@ -27,6 +27,7 @@ CUDA_SOURCES = [
     "csrc/rotate.cu",
     "csrc/orthonormalize.cu",
     "csrc/symmetric_eigh.cu",
+    "csrc/project.cu",
 ]
 
 

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <tuple>
+#include <vector>
 
 namespace lorax {
 
@@ -13,5 +14,6 @@ at::Tensor gram(const at::Tensor& X, at::ScalarType dtype);
 at::Tensor orthonormalize(const at::Tensor& X);
 std::tuple<at::Tensor, at::Tensor> symmetric_eigh(const at::Tensor& H);
 at::Tensor rotate(const at::Tensor& X, const at::Tensor& R);
+std::vector<at::Tensor> project(at::TensorList blocks, at::TensorList read, at::TensorList write);
 
 }  // namespace lorax

@@ -6,7 +6,37 @@ import torch
 from ... import _backends, _ops
 from .reference import project_reference
 
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def _cuda(
+    blocks: list[torch.Tensor], read: list[torch.Tensor], write: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    return torch.ops.lorax_kernels.project(blocks, read, write)
+
+
+def _triton(
+    blocks: list[torch.Tensor], read: list[torch.Tensor], write: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    from .triton_launch import project_triton
+
+    return project_triton(blocks, read, write)
+
+
+def _refuses(
+    blocks: list[torch.Tensor], read: list[torch.Tensor], write: list[torch.Tensor]
+) -> str | None:
+    unknown = {x.dtype for x in (*blocks, *read, *write)} - set(_DTYPES)
+    return f"it has no conversion from {', '.join(map(str, unknown))}" if unknown else None
+
+
+_ACCEPTS = (
+    "blocks of 16, 32 or 64-bit floats of any layout; bases bfloat16 or float32 by rows, others "
+    "converted first; any sizes"
+)
 _backends.register_reference("project", project_reference)
+_backends.register("cuda", "project", _backends.Kernel(_cuda, _ACCEPTS, _refuses))
+_backends.register("triton", "project", _backends.Kernel(_triton, _ACCEPTS, _refuses))
 
 
 def project(

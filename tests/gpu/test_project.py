@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`project` on a GPU: both kernel backends against float64."""
+
+import itertools
+
+import pytest
+import torch
+from project_cases import DTYPES, SHAPES, SQUARE, errors, make_layers
+
+import lorax_kernels as lk
+from lorax_kernels.ops import project
+
+pytestmark = pytest.mark.gpu
+
+BACKENDS = ["cuda", "triton"]
+# Large enough for several blocks of rows a layer and several layers in flight.
+WIDE = [(4096, 4096, 320, 16), (1025, 1025, 320, 16), (2048, 2048, 64, 8), (640, 640, 128, 32)]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    row = next(row for row in lk.backends() if row.name == request.param)
+    if not row.available:
+        pytest.skip(f"{row.name}: {row.reason}")
+    return request.param
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(7)
+
+
+def check(layers, backend):
+    """At most twice PyTorch's own error in the same dtypes (TF32 off), or float32 rounding."""
+    before = [[x.clone() for x in group] for group in layers]
+    results = project(*layers, backend=backend)
+    for found, plain in errors(results, layers):
+        assert found <= max(2 * plain, 1.2e-7)
+    for X, B, P in zip(results, layers[0], layers[2], strict=True):
+        assert X.shape == (P.shape[0], B.shape[1])
+        assert X.dtype == B.dtype
+    assert all(
+        torch.equal(x, y)
+        for old, new in zip(before, layers, strict=True)
+        for x, y in zip(old, new, strict=True)
+    )
+    return results
+
+
+@pytest.mark.parametrize("factor", DTYPES)
+@pytest.mark.parametrize(("read", "write"), itertools.product(("bf16", "fp32"), repeat=2))
+def test_two_bases(backend, factor, read, write, generator):
+    layers = make_layers(SHAPES, DTYPES[factor], DTYPES[read], DTYPES[write], generator, "cuda")
+    check(layers, backend)
+
+
+@pytest.mark.parametrize("factor", DTYPES)
+@pytest.mark.parametrize("read", ["bf16", "fp16", "fp32", "fp64"])
+@pytest.mark.parametrize("shapes", [SQUARE, WIDE], ids=["odd", "wide"])
+def test_one_basis(backend, factor, read, shapes, generator):
+    check(make_layers(shapes, DTYPES[factor], DTYPES[read], None, generator, "cuda"), backend)
+
+
+@pytest.mark.parametrize("r", [1, 128, 1024])
+def test_ranks(backend, r, generator):
+    check(
+        make_layers(
+            [(1024, 1024, 320, r)] * 3, torch.bfloat16, torch.bfloat16, None, generator, "cuda"
+        ),
+        backend,
+    )
+
+
+def test_mixed_dtypes_in_one_call(backend, generator):
+    groups = [
+        make_layers(SQUARE, DTYPES[factor], DTYPES[read], None, generator, "cuda")
+        for factor, read in itertools.product(DTYPES, ("bf16", "fp32"))
+    ]
+    check(tuple([x for g in groups for x in g[j]] for j in range(3)), backend)
+
+
+def test_strides_and_alignment(backend, generator):
+    """Bases that are columns of wider ones, start at odd addresses or lie transposed."""
+    blocks, bases, _ = make_layers(
+        [(300, 300, 64, 16)] * 4, torch.bfloat16, torch.bfloat16, None, generator, "cuda"
+    )
+    bases[1] = torch.nn.functional.pad(bases[1], (3, 2))[:, 3:67]
+    bases[2] = torch.nn.functional.pad(bases[2], (8, 8))[:, 8:71]
+    bases[3] = bases[3].T.contiguous().T
+    blocks[2] = torch.nn.functional.pad(blocks[2], (1, 4))[:, 1:17]
+    check((blocks, bases, bases), backend)
+
+
+def test_many_layers_need_several_launches(backend, generator):
+    layers = make_layers(
+        [(96, 96, 24, 4)] * 700, torch.bfloat16, torch.bfloat16, None, generator, "cuda"
+    )
+    check(layers, backend)
+
+
+def test_empty(backend):
+    assert project([], [], [], backend=backend) == []
+    basis = torch.ones(4, 0, device="cuda")
+    zero = project([torch.ones(4, 2, device="cuda")], [basis], backend=backend)[0]
+    assert torch.equal(zero, torch.zeros(4, 2, device="cuda"))
+    none = project(
+        [torch.ones(4, 0, device="cuda")], [torch.ones(4, 2, device="cuda")], backend=backend
+    )[0]
+    assert none.shape == (4, 0)
+
+
+def test_poisoned_memory_and_repeatability(backend, generator):
+    """Results do not depend on what memory held before, nor on the timing of the blocks."""
+    layers = make_layers(WIDE * 8, torch.bfloat16, torch.bfloat16, None, generator, "cuda")
+    first = project(*layers, backend=backend)
+    for _ in range(5):
+        poison = [torch.full((1 << 28,), float("nan"), device="cuda") for _ in range(2)]
+        del poison
+        again = project(*layers, backend=backend)
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+def test_graph_and_stream(backend, generator):
+    layers = make_layers(WIDE, torch.bfloat16, torch.bfloat16, None, generator, "cuda")
+    expected = project(*layers, backend=backend)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        aside = project(*layers, backend=backend)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = project(*layers, backend=backend)
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    for x, y, z in zip(expected, aside, captured, strict=True):
+        assert torch.equal(x, y)
+        assert torch.equal(x, z)
+
+
+def test_op_contract(backend, generator):
+    if backend != "cuda":
+        pytest.skip("the dispatcher holds the compiled kernel only")
+    layers = make_layers(SQUARE, torch.bfloat16, torch.bfloat16, None, generator, "cuda")
+    torch.library.opcheck(torch.ops.lorax_kernels.project.default, layers)

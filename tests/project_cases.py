@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers for the tests of `project`, and how an error is judged."""
+
+import torch
+
+# (m, p, k, r): one row, odd sizes, several panels of a basis, several tiles of a block, chunks
+# that end inside a tile; p is another side where the two bases differ.
+SHAPES = [(1, 1, 1, 1), (63, 70, 17, 5), (199, 130, 40, 16), (300, 100, 300, 20), (130, 64, 33, 70)]
+SQUARE = [(1, 1, 1, 1), (199, 199, 40, 16), (300, 300, 321, 3), (300, 300, 100, 20)]
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+
+Layers = tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]
+
+
+def basis(m: int, k: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Orthonormal columns; rows of an orthonormal matrix where there are more columns."""
+    Q = torch.linalg.qr(torch.randn(max(m, k), k, generator=generator)).Q
+    return Q[:m].contiguous().to(dtype)
+
+
+def make_layers(
+    shapes: list[tuple[int, int, int, int]],
+    factor: torch.dtype,
+    read: torch.dtype,
+    write: torch.dtype | None,
+    generator: torch.Generator,
+    device: str = "cpu",
+) -> Layers:
+    """Blocks, read bases, write bases (the read ones again with `write` None).
+
+    Every other block lies transposed, as `lora_A.T` does.
+    """
+    blocks, reads, writes = [], [], []
+    for i, (m, p, k, r) in enumerate(shapes):
+        B = torch.randn(m, r, generator=generator).to(factor)
+        blocks.append((B if i % 2 == 0 else B.T.contiguous().T).to(device))
+        reads.append(basis(m, k, read, generator).to(device))
+        writes.append(reads[-1] if write is None else basis(p, k, write, generator).to(device))
+    return blocks, reads, writes
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def errors(results: list[torch.Tensor], layers: Layers) -> list[tuple[float, float]]:
+    """Of each layer: error against float64, and that of PyTorch's products in float32.
+
+    Both round their result to the block's dtype.
+    """
+    pairs = []
+    for X, B, Q, P in zip(results, *layers, strict=True):
+        expected = P.double() @ (Q.double().mT @ B.double())
+        plain = (P.float() @ (Q.float().mT @ B.float())).to(B.dtype)
+        pairs.append((relative_error(X, expected), relative_error(plain, expected)))
+    return pairs
