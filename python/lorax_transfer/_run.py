@@ -215,8 +215,8 @@ def _warnings(done: Report) -> tuple[str, ...]:
         )
     if totals.left_out:
         found.append(
-            f"{totals.left_out} of {totals.layers} layers are below the similarity asked for and get "
-            "no adapter."
+            f"{totals.left_out} of {totals.layers} layers are below the similarity asked for and "
+            "get no adapter."
         )
     if totals.above_tolerance:
         found.append(

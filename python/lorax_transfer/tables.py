@@ -12,7 +12,7 @@ from rich.text import Text
 from .report import LayerReport, Report
 from .settings import DEFAULT_RANK
 
-# Below this width the columns that explain least are left out.
+# Below this width, and a little more beside notes, the columns that explain least are left out.
 _WIDE = 100
 _STYLES = {"copy": "bold green", "project": "bold green", "do not": "bold red"}
 
@@ -67,9 +67,10 @@ def _cut(report: Report) -> str:
 def _layers(report: Report, width: int) -> Table:
     layers = [layer for layer in report.layers if layer.status != "excluded"]
     prefix = _common_prefix([layer.module for layer in layers])
-    is_wide, is_plan = width >= _WIDE, report.kind == "plan"
+    is_plan = report.kind == "plan"
     longest = min(32, max(len(layer.module) - len(prefix) for layer in layers))
     has_notes = any(_note(layer, report) for layer in layers)
+    is_wide = width >= _WIDE + (30 if has_notes else 0)
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
     table.add_column(f"{prefix}*" if prefix else "module", overflow="fold", min_width=longest)
     headings = ["weight"] if is_wide or is_plan else []
@@ -108,7 +109,10 @@ def _cells(layer: LayerReport) -> dict[str, str]:
 def _excluded(layers: Sequence[LayerReport]) -> list[str]:
     """A line for each reason instead of a row for each module."""
     reasons = Counter(layer.reason for layer in layers if layer.status == "excluded")
-    return [f"{count} modules excluded: {reason}" for reason, count in reasons.items()]
+    return [
+        f"{count} module{'' if count == 1 else 's'} excluded: {reason}"
+        for reason, count in reasons.items()
+    ]
 
 
 def _note(layer: LayerReport, report: Report) -> str:

@@ -107,9 +107,7 @@ def test_full_rank_on_the_same_model_is_the_identity(tmp_path):
     # Square weights: of a wide one, even all singular directions span a part of the inputs only.
     pair = make_pair(tmp_path, llama, target_modules=["q_proj", "o_proj"])
     report = lorax_transfer.transfer(pair.adapter, pair.source, pair.source, tmp_path / "out")
-    before, after = (
-        read_adapter(place).layers for place in (pair.adapter, tmp_path / "out")
-    )
+    before, after = (read_adapter(place).layers for place in (pair.adapter, tmp_path / "out"))
     for module, layer in before.items():
         for got, wanted in (
             (after[module].lora_A, layer.lora_A),
@@ -123,12 +121,9 @@ def test_full_rank_on_the_same_model_is_the_identity(tmp_path):
 
 def test_copy_keeps_every_bit(tmp_path):
     pair = make_pair(tmp_path, llama, target_modules=ATTENTION)
-    lorax_transfer.transfer(
-        pair.adapter, pair.source, pair.target, tmp_path / "out", method="copy"
-    )
+    lorax_transfer.transfer(pair.adapter, pair.source, pair.target, tmp_path / "out", method="copy")
     before, after = (
-        load_file(place / "adapter_model.safetensors")
-        for place in (pair.adapter, tmp_path / "out")
+        load_file(place / "adapter_model.safetensors") for place in (pair.adapter, tmp_path / "out")
     )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -232,7 +227,7 @@ class TestOtherWidth:
             )
 
     def test_strict_refuses_and_reports(self, tmp_path, pair):
-        with pytest.raises(TransferError, match="strict: .*unvalidated; no adapter was written"):
+        with pytest.raises(TransferError, match=r"strict: .*unvalidated; no adapter was written"):
             lorax_transfer.transfer(
                 pair.adapter,
                 pair.source,
@@ -266,7 +261,7 @@ class TestLayersLeftOut:
         assert report.totals.energy_written < report.totals.methods["lorax"].energy_kept
 
     def test_strict(self, tmp_path, pair):
-        with pytest.raises(TransferError, match="strict: .* is below 0.99"):
+        with pytest.raises(TransferError, match=r"strict: .* is below 0\.99"):
             lorax_transfer.transfer(
                 pair.adapter,
                 pair.source,
