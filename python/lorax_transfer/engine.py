@@ -215,7 +215,7 @@ def _drift(source: torch.Tensor, target: torch.Tensor) -> float | None:
     if norm == 0:
         return None
     # Row by row: a whole difference in float32 would be another weight in memory.
-    rows = max(1, (4 << 20) // source.shape[1])
+    rows = max(1, (1 << 20) // source.shape[1])
     squares = [
         torch.linalg.vector_norm(t.double() - s.double()) ** 2
         for s, t in zip(source.split(rows), target.split(rows), strict=True)

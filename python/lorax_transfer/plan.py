@@ -246,7 +246,7 @@ def _memory(plan: Plan, adapter: Adapter) -> int:
     results = 4 * sum(x.lora_A.numel() + x.lora_B.numel() for x in adapter.layers.values())
     largest = 0
     for batch in plan.batches():
-        size, temporaries = 0, BATCH_BYTES
+        size, temporaries = 0, 3 * BATCH_BYTES // 2
         for layer in batch:
             sides = sum(layer.source_shape) + sum(layer.target_shape)
             size += layer.weight_bytes + 4 * layer.rank * sides
