@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Truncated SVD of a stack through the full eigendecomposition of its Gram matrices.
 
-In float64, so that squaring the singular values costs nothing down to the rounding of the float32
-input: directions are resolved to `eps64 sigma_1^2 / gap`.
+On a CPU first in float32, which is twice as fast and enough where the singular values at the cut
+are not small against the largest; what rounding leaves undecided there is done again in float64,
+where squaring the singular values of a float32 matrix costs nothing.
 """
 
 import math
+from dataclasses import fields
 
 import torch
 
@@ -13,20 +15,39 @@ from . import ops
 from ._subspace import Triplets
 
 
-def decompose(W: torch.Tensor, k: int, *, backend: str) -> Triplets:
+def decompose(W: torch.Tensor, k: int, tol: float, *, backend: str) -> Triplets:
     """Leading `k` singular triplets of each matrix in a stack, with nothing iterated.
 
     Args:
         W: `(b, m, n)`, scaled so that squares of its entries neither overflow nor vanish.
         k: triplets wanted, at most `min(m, n)`.
+        tol: projector error under which float32 will do.
         backend: passed to the ops.
 
     Returns:
         Triplets; `passes` is zero, and the error says how well the cut at `k` is determined.
     """
     flipped = W.shape[2] > W.shape[1]
+    if W.device.type != "cpu" or W.dtype == torch.float64:
+        found = _from_gram(W, flipped, k, torch.float64, backend)
+    else:
+        found = _from_gram(W, flipped, k, torch.float32, backend)
+        again = torch.nonzero(found.error > tol).flatten()
+        if len(again):
+            precise = _from_gram(W[again], flipped, k, torch.float64, backend)
+            for f in fields(Triplets):
+                getattr(found, f.name)[again] = getattr(precise, f.name)
+    if flipped:
+        return Triplets(found.V, found.S, found.U, found.error, found.passes)
+    return found
+
+
+def _from_gram(
+    W: torch.Tensor, flipped: bool, k: int, dtype: torch.dtype, backend: str
+) -> Triplets:
+    """Triplets with `U` on the tall side, from the Gram matrix of the short side in `dtype`."""
     tall = W.mT if flipped else W
-    G = ops.gram(tall, dtype=torch.float64, backend=backend)
+    G = ops.gram(tall, dtype=dtype, backend=backend)
     theta, R = ops.symmetric_eigh(G, backend=backend)
     del G
     V = R[:, :, :k].to(torch.float32).contiguous()
@@ -38,18 +59,27 @@ def decompose(W: torch.Tensor, k: int, *, backend: str) -> Triplets:
     S = torch.linalg.vector_norm(Y, dim=1).cummin(dim=1).values
     U = ops.orthonormalize(Y, backend=backend)
     U = U * torch.where((U * Y).sum(1, keepdim=True) < 0, -1.0, 1.0)
-    error = _determined(theta, k, max(W.shape[1:]))
-    passes = torch.zeros(len(S), dtype=torch.long)
-    return Triplets(V, S, U, error, passes) if flipped else Triplets(U, S, V, error, passes)
+    error = _rounding(theta, k, max(W.shape[1:]), dtype)
+    return Triplets(U, S, V, error, torch.zeros(len(S), dtype=torch.long))
 
 
-def _determined(theta: torch.Tensor, k: int, rows: int) -> torch.Tensor:
-    """First-order projector error from rounding, at the cut or where the values sink into it."""
-    eps32, eps64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
-    theta = theta.clamp_min(0)
-    if k == theta.shape[1]:
-        return torch.full_like(theta[:, 0], eps32)
-    floor = (4 * eps32 * math.sqrt(rows)) ** 2 * theta[:, 0]
-    gap = theta[:, k - 1] - theta[:, k]
-    wrong = math.sqrt(2 / k) * eps64 * math.sqrt(rows) * theta[:, 0] / gap.clamp_min(1e-300)
-    return torch.where(theta[:, k - 1] > floor, wrong.clamp(eps32, 1.0), eps32)
+def _rounding(theta: torch.Tensor, k: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    """First-order projector error from rounding in `dtype` of a Gram matrix and its eigenproblem.
+
+    Rounding turns vectors `i` and `j` into each other by `e / (theta_i - theta_j)`; an entry `e` of
+    it, in the basis of the eigenvectors, was measured at 0.02 to 0.6 eps theta_1 over the spectra
+    of `testing.SPECTRA`. Where the values at the cut are within the noise of float32 input no
+    subspace is determined, and nothing is counted.
+    """
+    eps32, eps = torch.finfo(torch.float32).eps, torch.finfo(dtype).eps
+    theta = theta.double().clamp_min(0)
+    top = theta[:, :1]
+    floor = (4 * eps32 * math.sqrt(rows)) ** 2 * top
+    distance = (theta[:, :k, None] - theta[:, None, k:]).clamp_min(1e-300)
+    turned = ((0.75 * eps * top[..., None] / distance) ** 2).sum(2).clamp_max(1)
+    counted = theta[:, :k] > floor
+    error = (2 / k * torch.where(counted, turned, 0.0).sum(1)).sqrt()
+    if dtype == torch.float32:
+        # Singular values under 1e-2 sigma_1 have lost two more digits than float32 output shows.
+        error = torch.where((theta[:, k - 1 : k] < 1e-4 * top).squeeze(1), 1.0, error)
+    return error.clamp_min(eps32)

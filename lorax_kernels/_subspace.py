@@ -24,15 +24,19 @@ import torch
 from . import ops
 
 # Degrees a cycle may have. Few, because matrices that need the same degree run as one batch.
-_DEGREES = (2, 3, 4, 6, 8, 12, 16)
+_DEGREES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 # Before the second Ritz step the damped interval is a guess from a nearly random block, and degrees
 # spent on a wrong interval are lost.
-_FIRST_DEGREE = 3
-# Between two orthonormalisations the leading directions may outgrow the rest by this factor: with
-# float32 columns that leaves three digits for the smallest.
-_GROWTH_CAP = 1e4
-# The estimate aims below the tolerance, so that a cycle rarely ends just above it.
-_AIM = 0.3
+_FIRST_DEGREE = 4
+# Between two orthonormalisations the leading directions may outgrow the rest by this factor. Ritz
+# vectors hold little of each other's directions, so that float32 has digits left for the smallest.
+_GROWTH_CAP = 1e6
+# A cycle aims well below the tolerance, so that it rarely ends just above it; it may stop a little
+# below, because the estimate is of first order and can be low by some per cent.
+_AIM = 0.5
+_ENOUGH = 0.8
+# In place of a degree: leave the Gram matrix, whose rounding has become visible.
+_ON_WEIGHTS = -1
 
 
 @functools.cache
@@ -86,9 +90,6 @@ class _Operator:
         if self.G is not None:
             return ops.thin_matmul(self.G, X, pieces=2, backend=self.backend)
         return self.backward(self.forward(X, 1), 1)
-
-    def on_weights(self) -> "_Operator":
-        return _Operator(self.W, self.flipped, None, self.backend)
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,9 @@ def _rayleigh_ritz(A: _Operator, Q: torch.Tensor, k: int) -> _Ritz:
     """Singular triplets of `W` within span(Q), from two products with `W`."""
     backend = A.backend
     Y = A.forward(Q, 2)
-    H = ops.gram(Y, dtype=_ritz_dtype(Q), backend=backend)
+    # On a CPU float64 costs a small eigenproblem little, and it keeps a steep spectrum's end.
+    dtype = torch.float64 if Q.device.type == "cpu" else torch.float32
+    H = ops.gram(Y, dtype=dtype, backend=backend)
     theta, R = ops.symmetric_eigh(H, backend=backend)
     Q = ops.rotate(Q, R, backend=backend)
     Y = ops.rotate(Y, R, backend=backend)
@@ -162,18 +165,13 @@ def _gram_ritz(A: _Operator, Q: torch.Tensor, k: int) -> _Ritz:
     """Ritz vectors from one product with the Gram matrix: good enough to steer by."""
     Z = A.apply(Q)
     H = torch.bmm(Q.mT, Z)
-    H = ((H + H.mT) / 2).to(_ritz_dtype(Q))
+    H = (H + H.mT) / 2
     theta, R = ops.symmetric_eigh(H, backend=A.backend)
     Q = ops.rotate(Q, R, backend=A.backend)
     Z = ops.rotate(Z, R, backend=A.backend)
     rho = Z - Q * theta.to(Q.dtype)[:, None]
     error, planned = _estimate(rho, theta, k, Q.shape[1])
     return _Ritz(Q, Q[:, :, :0], Z, theta.clamp_min(0), error, planned)
-
-
-def _ritz_dtype(Q: torch.Tensor) -> torch.dtype:
-    # On a CPU float64 costs a small eigenproblem little, and it keeps a steep spectrum's end.
-    return torch.float64 if Q.device.type == "cpu" else torch.float32
 
 
 def _degrees(ritz: _Ritz, k: int, tol: float) -> torch.Tensor:
@@ -203,16 +201,18 @@ def _filter(A: _Operator, ritz: _Ritz, degree: int) -> torch.Tensor:
     return ops.orthonormalize(X, backend=A.backend)
 
 
-def _finish(ritz: _Ritz, k: int, backend: str) -> Triplets:
+def _finish(A: _Operator, ritz: _Ritz, k: int) -> Triplets:
     """Triplets of the leading `k` Ritz vectors, on the tall side as orthonormal as on the short."""
-    Y = ritz.Y[:, :, :k].contiguous()
+    V, Y, passes = ritz.Q[:, :, :k].contiguous(), ritz.Y[:, :, :k], 0
+    if A.G is not None:
+        Y, passes = A.forward(V, 2), 1
     S, order = torch.linalg.vector_norm(Y, dim=1).sort(dim=1, descending=True, stable=True)
     Y = Y.gather(2, order[:, None].expand_as(Y))
-    V = ritz.Q.gather(2, order[:, None].expand(-1, ritz.Q.shape[1], -1))
-    U = ops.orthonormalize(Y, backend=backend)
+    V = V.gather(2, order[:, None].expand_as(V))
+    U = ops.orthonormalize(Y, backend=A.backend)
     # Orthonormalisation may turn a column around; a pair keeps its sign.
     U = U * torch.where((U * Y).sum(1, keepdim=True) < 0, -1.0, 1.0)
-    return Triplets(U, S, V, ritz.error, torch.zeros(len(S), dtype=torch.long))
+    return Triplets(U, S, V, ritz.error, torch.full((len(S),), passes))
 
 
 def _solve(
@@ -227,14 +227,13 @@ def _solve(
     steer = A.G is not None
     ritz = _gram_ritz(A, Q, k) if steer else _rayleigh_ritz(A, Q, k)
     left -= 2
-    stop = (ritz.error <= tol).cpu()
-    if steer:
-        left -= 2  # kept for the look at W itself that ends it
-        # Rounding of the Gram matrix against the distance that decides: W is needed from here.
-        noise = 4 * torch.finfo(torch.float32).eps * ritz.theta[:, 0]
-        stop |= (noise > 0.1 * tol * (ritz.theta[:, k - 1] - ritz.theta[:, -1])).cpu()
+    # Rounding of the Gram matrix against the distance that decides: from here only W will do.
+    noise = 4 * torch.finfo(torch.float32).eps * ritz.theta[:, 0]
+    blurred = steer & (noise > 0.1 * tol * (ritz.theta[:, k - 1] - ritz.theta[:, -1])).cpu()
     degrees = _degrees(ritz, k, tol) if degree is None else torch.full((count,), degree)
-    degrees = torch.where(stop, 0, degrees.clamp_max(left // 2))
+    degrees = degrees.clamp_max((left - steer) // 2).clamp_min(0)
+    degrees[(ritz.error <= _ENOUGH * tol).cpu()] = 0
+    degrees[blurred] = _ON_WEIGHTS
     parts = []
     for d in degrees.unique().tolist():
         index = torch.nonzero(degrees == d).flatten()
@@ -244,21 +243,18 @@ def _solve(
     while parts:
         d, index, part = parts.pop()
         subset = _subset(A, index, count)
-        if d > 0:
-            block = _filter(subset, part, d)
-            rest = left - 2 * (d - 1) + (2 if steer else 0)
-            del part
-            found = _solve(subset, block, k, tol, rest, None)
-            found = replace(found, passes=found.passes + 2 * d)
-        elif steer:
+        if d == 0:
+            found, spent = _finish(subset, part, k), 2
+        elif d == _ON_WEIGHTS:
             block = part.Q
             del part
-            found = _solve(subset.on_weights(), block, k, tol, left + 2, None)
-            found = replace(found, passes=found.passes + 2)
+            subset = replace(subset, G=None)
+            found, spent = _solve(subset, block, k, tol, left, None), 2
         else:
-            found = _finish(part, k, A.backend)
-            found = replace(found, passes=found.passes + 2)
-        results.append((index, found))
+            block = _filter(subset, part, d)
+            del part
+            found, spent = _solve(subset, block, k, tol, left - 2 * (d - 1), None), 2 * d
+        results.append((index, replace(found, passes=found.passes + spent)))
     return _merge(results, count)
 
 
@@ -308,11 +304,11 @@ def iterate(
     if use_gram and not warm:
         G = ops.gram(W.mT if flipped else W, dtype=torch.float32, backend=backend)
     A = _Operator(W, flipped, G, backend)
-    Q = ops.orthonormalize(start.expand(count, -1, -1).contiguous(), backend=backend)
+    Q = start.expand(count, -1, -1).contiguous()
     spent = 0
     if not warm:
-        Q = ops.orthonormalize(A.apply(Q), backend=backend)
-        spent = 2
+        Q, spent = A.apply(Q), 2
+    Q = ops.orthonormalize(Q, backend=backend)
     found = _solve(A, Q, k, tol, max_passes - spent, None if warm else _FIRST_DEGREE)
     found = replace(found, passes=found.passes + spent)
     return replace(found, U=found.V, V=found.U) if flipped else found

@@ -217,7 +217,7 @@ def _decompose(
     """Triplets of each matrix of a stack and the path that found them."""
     _, m, n = stack.shape
     if p.path == "exact":
-        return [(t, "exact") for t in _split(_exact.decompose(stack, k, backend=backend))]
+        return [(t, "exact") for t in _split(_exact.decompose(stack, k, tol, backend=backend))]
     block = _start_block(min(m, n), p.width, starts, seed, stack.device)
     triplets = _subspace.iterate(
         stack,
@@ -234,7 +234,7 @@ def _decompose(
     if max_passes is None:
         # One at a time: these are few, and each needs a full eigendecomposition.
         for i in short_of:
-            exact = _exact.decompose(stack[i : i + 1], k, backend=backend)
+            exact = _exact.decompose(stack[i : i + 1], k, tol, backend=backend)
             parts[i] = (_split(exact)[0], "exact")
     return parts
 

@@ -3,9 +3,9 @@
 
 import torch
 
-# Columns of one tile: half of a Gram matrix is the other half transposed, and tiles of this width
-# save 40 % of the products at n = 1536 while each stays wide enough for a fast GEMM.
-_TILE = 384
+# Columns of one tile: half of a Gram matrix is the other half transposed. Narrower tiles save more
+# products until each is too narrow for a fast GEMM; 96 to 192 measured alike, 384 a third slower.
+_TILE = 128
 
 
 def gram_reference(X: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
