@@ -6,13 +6,12 @@ are not small against the largest; what rounding leaves undecided there is done 
 where squaring the singular values of a float32 matrix costs nothing.
 """
 
-import math
 from dataclasses import fields
 
 import torch
 
 from . import ops
-from ._subspace import Triplets
+from ._subspace import Triplets, rounding
 
 
 def decompose(W: torch.Tensor, k: int, tol: float, *, backend: str) -> Triplets:
@@ -59,27 +58,8 @@ def _from_gram(
     S = torch.linalg.vector_norm(Y, dim=1).cummin(dim=1).values
     U = ops.orthonormalize(Y, backend=backend)
     U = U * torch.where((U * Y).sum(1, keepdim=True) < 0, -1.0, 1.0)
-    error = _rounding(theta, k, max(W.shape[1:]), dtype)
-    return Triplets(U, S, V, error, torch.zeros(len(S), dtype=torch.long))
-
-
-def _rounding(theta: torch.Tensor, k: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
-    """First-order projector error from rounding in `dtype` of a Gram matrix and its eigenproblem.
-
-    Rounding turns vectors `i` and `j` into each other by `e / (theta_i - theta_j)`; an entry `e` of
-    it, in the basis of the eigenvectors, was measured at 0.02 to 0.6 eps theta_1 over the spectra
-    of `testing.SPECTRA`. Where the values at the cut are within the noise of float32 input no
-    subspace is determined, and nothing is counted.
-    """
-    eps32, eps = torch.finfo(torch.float32).eps, torch.finfo(dtype).eps
-    theta = theta.double().clamp_min(0)
-    top = theta[:, :1]
-    floor = (4 * eps32 * math.sqrt(rows)) ** 2 * top
-    distance = (theta[:, :k, None] - theta[:, None, k:]).clamp_min(1e-300)
-    turned = ((0.75 * eps * top[..., None] / distance) ** 2).sum(2).clamp_max(1)
-    counted = theta[:, :k] > floor
-    error = (2 / k * torch.where(counted, turned, 0.0).sum(1)).sqrt()
+    error = rounding(theta, k, max(W.shape[1:]), dtype).clamp_min(torch.finfo(torch.float32).eps)
     if dtype == torch.float32:
         # Singular values under 1e-2 sigma_1 have lost two more digits than float32 output shows.
-        error = torch.where((theta[:, k - 1 : k] < 1e-4 * top).squeeze(1), 1.0, error)
-    return error.clamp_min(eps32)
+        error = torch.where(theta[:, k - 1] < 1e-4 * theta[:, 0], 1.0, error)
+    return Triplets(U, S, V, error, torch.zeros(len(S), dtype=torch.long))
