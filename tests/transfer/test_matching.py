@@ -51,9 +51,7 @@ def test_rules(adapter, checkpoint, rule):
     modules = [adapter + module for module in MODULES]
     found = match(modules, Names(weights(MODULES, checkpoint)), "target")
     assert found.rule == rule
-    assert found.tensors == {
-        adapter + module: f"{checkpoint}{module}.weight" for module in MODULES
-    }
+    assert found.tensors == {adapter + module: f"{checkpoint}{module}.weight" for module in MODULES}
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -2,6 +2,7 @@
 """From files to files: stock PEFT computes with the output what the equations say in float64."""
 
 import json
+import os
 from pathlib import Path
 
 import peft
@@ -359,6 +360,16 @@ def test_same_input_gives_the_same_bytes(tmp_path):
         )
         contents.append({p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()})
     assert contents[0] == contents[1]
+
+
+def test_files_get_the_mode_that_the_user_wants(tmp_path):
+    pair = make_pair(tmp_path, llama, target_modules=["q_proj"])
+    mask = os.umask(0o027)
+    try:
+        lorax_transfer.transfer(pair.adapter, pair.source, pair.target, tmp_path / "out", rank=8)
+    finally:
+        os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
 
 
 def test_dropped_content_is_named(tmp_path):

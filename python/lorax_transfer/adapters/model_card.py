@@ -3,6 +3,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 
 
 def model_card(
@@ -57,7 +58,7 @@ def model_card(
         *(f"- {_yaml(tag)}" for tag in ("lora", f"base_model:adapter:{base_model}", *tags)),
         "---",
         "",
-        f"# {_inline(adapter)} on {_inline(base_model)}",
+        f"# {_short(adapter)} on {_short(base_model)}",
         "",
         f"A LoRA adapter trained on {_code(source_model)} and moved to {_code(base_model)} "
         "without training or data.",
@@ -87,7 +88,7 @@ def model_card(
         "```python",
         "from peft import PeftModel",
         "",
-        f"# model: {_inline(base_model)}, loaded with the library that it belongs to",
+        f"# model: {_short(base_model)}, loaded with the library that it belongs to",
         'model = PeftModel.from_pretrained(model, "path/to/this/directory")',
         "```",
     ]
@@ -106,6 +107,12 @@ def _cell(value: object) -> str:
 
 def _inline(text: str) -> str:
     return " ".join(str(text).split())
+
+
+def _short(name: str) -> str:
+    """A hub id as it is, of a path on this machine the last part only."""
+    text = _inline(name)
+    return PurePath(text).name if PurePath(text).is_absolute() else text
 
 
 def _longest_run(text: str) -> int:

@@ -251,6 +251,8 @@ def write_peft(
     file = directory / TENSOR_FILE
     save_file(_output_tensors(adapter.layers.values(), dtype), file, metadata=metadata)
     _sort_metadata(file)
+    # safetensors makes files that only their owner may read, whatever the umask says.
+    file.chmod((directory / CONFIG_FILE).stat().st_mode)
     return [CONFIG_FILE, TENSOR_FILE]
 
 
