@@ -73,7 +73,7 @@ def check_orthonormalize(X: torch.Tensor) -> None:
         )
 
 
-def _orthonormalize_fake(X: torch.Tensor) -> torch.Tensor:
+def _orthonormalize_fake(X: torch.Tensor, quick: bool) -> torch.Tensor:
     check_orthonormalize(X)
     return torch.empty_like(X, memory_format=torch.contiguous_format)
 
@@ -101,6 +101,24 @@ def check_rotate(X: torch.Tensor, R: torch.Tensor) -> None:
 def _rotate_fake(X: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
     check_rotate(X, R)
     return X.new_empty(X.shape[0], X.shape[1], R.shape[2])
+
+
+def check_shift(Z: torch.Tensor, X: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> None:
+    """Raises ValueError or TypeError unless `shift` can take these arguments."""
+    _block("Z", Z, (torch.float32,))
+    _block("X", X, (torch.float32,))
+    _same("shapes of Z and X", tuple(Z.shape), tuple(X.shape))
+    for name, values in (("a", a), ("s", s)):
+        if values.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32, got {values.dtype}; convert it first")
+        _same(f"shape of {name} and (batch,)", tuple(values.shape), (Z.shape[0],))
+        _same(f"devices of Z and {name}", Z.device, values.device)
+    _same("devices of Z and X", Z.device, X.device)
+
+
+def _shift_fake(Z: torch.Tensor, X: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    check_shift(Z, X, a, s)
+    return torch.empty_like(Z, memory_format=torch.contiguous_format)
 
 
 def check_project(
@@ -150,7 +168,8 @@ _define(
     _thin_matmul_fake,
 )
 _define("gram", "(Tensor X, ScalarType dtype) -> Tensor", _gram_fake)
-_define("orthonormalize", "(Tensor X) -> Tensor", _orthonormalize_fake)
+_define("orthonormalize", "(Tensor X, bool quick) -> Tensor", _orthonormalize_fake)
 _define("symmetric_eigh", "(Tensor H) -> (Tensor, Tensor)", _symmetric_eigh_fake)
 _define("rotate", "(Tensor X, Tensor R) -> Tensor", _rotate_fake)
+_define("shift", "(Tensor Z, Tensor X, Tensor a, Tensor s) -> Tensor", _shift_fake)
 _define("project", "(Tensor[] blocks, Tensor[] read, Tensor[] write) -> Tensor[]", _project_fake)

@@ -5,5 +5,6 @@ from .gram import gram as gram
 from .orthonormalize import orthonormalize as orthonormalize
 from .project import project as project
 from .rotate import rotate as rotate
+from .shift import shift as shift
 from .symmetric_eigh import symmetric_eigh as symmetric_eigh
 from .thin_matmul import thin_matmul as thin_matmul

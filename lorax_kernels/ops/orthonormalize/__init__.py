@@ -13,17 +13,17 @@ _backends.register_reference("orthonormalize", orthonormalize_reference)
 _CUDA_COLUMNS = {9: 704, 8: 512}
 
 
-def _cuda_refuses(X: torch.Tensor) -> str | None:
+def _cuda_refuses(X: torch.Tensor, quick: bool) -> str | None:
     limit = _CUDA_COLUMNS.get(torch.cuda.get_device_capability(X.device)[0], _CUDA_COLUMNS[8])
     if X.shape[2] > limit:
         return f"it factors up to {limit} columns on this device, got {X.shape[2]}"
     return None
 
 
-def _triton(X: torch.Tensor) -> torch.Tensor:
+def _triton(X: torch.Tensor, quick: bool) -> torch.Tensor:
     from .triton_kernel import orthonormalize_triton
 
-    return orthonormalize_triton(X)
+    return orthonormalize_triton(X, quick)
 
 
 _backends.register(
@@ -42,17 +42,21 @@ _backends.register(
 )
 
 
-def orthonormalize(X: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
+def orthonormalize(X: torch.Tensor, *, quick: bool = False, backend: str = "auto") -> torch.Tensor:
     """Orthonormal columns that span the columns of each block.
 
     Args:
         X: `(b, n, l)` with `l <= n`; float32. Columns may differ in scale by any factor and may be
             dependent: the result is orthonormal all the same.
+        quick: well-conditioned columns will do, as between two products of an iteration. One pass
+            instead of three or four; columns that depend on others to float32 are still replaced.
         backend: "auto", "cuda", "triton" or "reference".
 
     Returns:
-        `Q` of the same shape, `Q^T Q = I` to about 1e-6. Column `j` lies in the span of the first
-        `j + 1` columns of `X`, up to the backend's treatment of dependent columns.
+        `Q` of the same shape, `Q^T Q = I` to about 1e-6; with `quick` to about 1e-2, where the
+        columns of `X` are well conditioned once they are scaled to one length. Column `j` lies in
+        the span of the first `j + 1` columns of `X`, up to the backend's treatment of dependent
+        columns.
 
     Raises:
         ValueError, TypeError: arguments that do not fit together.
@@ -64,4 +68,4 @@ def orthonormalize(X: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
         True
     """
     _ops.check_orthonormalize(X)
-    return _backends.select("orthonormalize", backend, X)(X)
+    return _backends.select("orthonormalize", backend, X, quick)(X, quick)

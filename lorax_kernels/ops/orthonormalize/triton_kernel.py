@@ -14,17 +14,17 @@ _SHIFTS = (4e-5, 1e-6, 0.0)
 _DEAD_PIVOTS = 4.0
 
 
-def orthonormalize_triton(X: torch.Tensor) -> torch.Tensor:
-    """Orthonormal columns that span the columns of each block; same argument as the reference.
+def orthonormalize_triton(X: torch.Tensor, quick: bool) -> torch.Tensor:
+    """Orthonormal columns that span the columns of each block; same arguments as the reference.
 
     Three passes of Cholesky QR, the first two shifted (Fukaya et al., SIAM J. Sci. Comput. 42,
-    2020). Columns without a direction of their own become noise after the first pass, which the
-    next ones orthogonalise. Nothing is decided on the host.
+    2020), of which `quick` makes the first only. Columns without a direction of their own become
+    noise after the first pass, which the next ones orthogonalise. Nothing is decided on the host.
     """
     rows, columns = X.shape[1:]
     noise = _noise(rows, columns, X.device)
     identity = torch.eye(columns, device=X.device)
-    for shift in _SHIFTS:
+    for shift in _SHIFTS[:1] if quick else _SHIFTS:
         largest = X.abs().amax(1, keepdim=True)
         X = X / torch.where(largest == 0, 1.0, largest)
         X = torch.where(largest == 0, noise, X)
