@@ -134,6 +134,14 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend must be one of auto, {', '.join(ORDER)}; got {backend!r}")
 
 
+def requested(backend: str) -> str:
+    """The backend asked for: the argument, or for "auto" the environment variable's, if set."""
+    if backend == "auto":
+        backend = os.environ.get(ENVIRONMENT) or "auto"
+    check_name(backend)
+    return backend
+
+
 def _why_not(name: str, op: str, arguments: Sequence[Any]) -> str | None:
     available, reason = _availability(name)
     if not available:
@@ -170,9 +178,7 @@ def select(op: str, backend: str, *arguments: Any) -> Callable[..., Any]:
         ValueError: no such backend.
         RuntimeError: the backend was asked for by name and cannot run here.
     """
-    if backend == "auto":
-        backend = os.environ.get(ENVIRONMENT) or "auto"
-    check_name(backend)
+    backend = requested(backend)
     if backend != "auto":
         reason = _why_not(backend, op, arguments)
         if reason is not None:

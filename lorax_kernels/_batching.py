@@ -9,6 +9,8 @@ from ._planning import Plan
 
 # Outside of these bounds squares of entries overflow or vanish in float32.
 _SAFE = (1e-8, 1e8)
+# float16 reaches up to 2^16 and down to 2^-24; products sum in float32.
+_HALF_EXPONENT = 7
 
 
 def check(index: int, matrix: object, rank: int | None) -> None:
@@ -49,12 +51,20 @@ def chunks(group: list[int], matrix: torch.Tensor, p: Plan, workspace: int) -> I
 
 
 def stack(
-    matrices: Sequence[torch.Tensor], chunk: list[int], exact: bool
+    matrices: Sequence[torch.Tensor], chunk: list[int], exact: bool, halves: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A stack to decompose and the factor `(b,)` by which its singular values were divided.
 
-    Weights keep their dtype on a GPU, where kernels read bfloat16 exactly; a CPU multiplies in
-    float32. Scaling is by powers of two, so that it is exact.
+    Scaling is by powers of two, so that it is exact. A CPU multiplies in float32. For tensor cores
+    16-bit weights become float16 with the largest entry near 2^8: bfloat16 has fewer digits, so
+    that only entries 2^24 times smaller than the largest lose some, and the block multiplied with
+    them is then rounded to 11 bits instead of 8.
+
+    Args:
+        matrices: all of them.
+        chunk: which to stack.
+        exact: for the exact path, which keeps float64.
+        halves: for tensor cores.
 
     Raises:
         ValueError: a matrix holds NaN or Inf.
@@ -65,15 +75,20 @@ def stack(
     if not bool(largest.isfinite().all()):
         bad = chunk[int((~largest.isfinite()).nonzero()[0])]
         raise ValueError(f"matrix {bad} holds NaN or Inf; no SVD exists")
-    if first.dtype == torch.float64 and exact:
-        working = torch.float64
-    elif first.device.type == "cpu" or first.dtype == torch.float64:
-        working = torch.float32
+    exponent = largest.clamp_min(1e-300).log2().floor()
+    if halves:
+        shift = torch.where(largest > 0, exponent - _HALF_EXPONENT, 0.0)
     else:
-        working = first.dtype
-    scale = torch.ones_like(largest)
-    unsafe = ((largest < _SAFE[0]) | (largest > _SAFE[1])) & (largest > 0)
-    if bool(unsafe.any()):
-        scale = torch.where(unsafe, torch.exp2(largest.clamp_min(1e-300).log2().round()), scale)
-        stacked = (stacked.double() / scale[:, None, None]).to(working)
-    return stacked.to(working), scale.float() if working != torch.float64 else scale
+        unsafe = ((largest < _SAFE[0]) | (largest > _SAFE[1])) & (largest > 0)
+        shift = torch.where(unsafe, exponent, 0.0)
+    if exact and first.dtype == torch.float64:
+        working = torch.float64
+    else:
+        working = torch.float16 if halves and first.dtype.itemsize == 2 else torch.float32
+    if bool((shift != 0).any()):
+        # In two steps: a power of two that brings 1e-38 to 1 is itself out of float32's range.
+        stacked = stacked.to(torch.promote_types(stacked.dtype, working))
+        half = (shift / 2).floor()
+        for part in (half, shift - half):
+            stacked = stacked * torch.exp2(-part).to(stacked.dtype)[:, None, None]
+    return stacked.to(working), torch.exp2(shift)

@@ -11,7 +11,8 @@ from dataclasses import fields
 import torch
 
 from . import ops
-from ._subspace import Triplets, rounding
+from ._estimates import rounding_error
+from ._subspace import Triplets
 
 
 def decompose(W: torch.Tensor, k: int, tol: float, *, backend: str) -> Triplets:
@@ -58,7 +59,8 @@ def _from_gram(
     S = torch.linalg.vector_norm(Y, dim=1).cummin(dim=1).values
     U = ops.orthonormalize(Y, backend=backend)
     U = U * torch.where((U * Y).sum(1, keepdim=True) < 0, -1.0, 1.0)
-    error = rounding(theta, k, max(W.shape[1:]), dtype).clamp_min(torch.finfo(torch.float32).eps)
+    eps = torch.finfo(torch.float32).eps
+    error = rounding_error(theta, k, max(W.shape[1:]), dtype).clamp_min(eps)
     if dtype == torch.float32:
         # Singular values under 1e-2 sigma_1 have lost two more digits than float32 output shows.
         error = torch.where(theta[:, k - 1] < 1e-4 * theta[:, 0], 1.0, error)

@@ -17,11 +17,12 @@ for shifts between orthonormalisations. The error estimate is first-order pertur
 import functools
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 
-from . import ops
+from . import _backends, ops
+from ._estimates import residual_error, rounding_error
+from ._operator import Operator, Stack
 
 # Degrees a cycle may have. Few, because matrices that need the same degree run as one batch.
 _DEGREES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
@@ -39,6 +40,8 @@ _ENOUGH = 0.8
 # tolerance.
 _ON_WEIGHTS = -1
 _VISIBLE = 0.3
+# Spread of the Ritz values from which float32 rounding shows in residuals.
+_STEEP = 1e3
 
 
 @functools.cache
@@ -69,32 +72,6 @@ class Triplets:
 
 
 @dataclass(frozen=True)
-class _Operator:
-    """`A = W^T W` on the short side of a stack."""
-
-    W: torch.Tensor  # (b, m, n), or (b, n, m) when flipped
-    flipped: bool
-    G: torch.Tensor | None  # (b, n, n), where iterating on the Gram matrix is cheaper
-    backend: str
-
-    def forward(self, X: torch.Tensor, pieces: int) -> torch.Tensor:
-        return ops.thin_matmul(
-            self.W, X, transpose=self.flipped, pieces=pieces, backend=self.backend
-        )
-
-    def backward(self, Y: torch.Tensor, pieces: int) -> torch.Tensor:
-        return ops.thin_matmul(
-            self.W, Y, transpose=not self.flipped, pieces=pieces, backend=self.backend
-        )
-
-    def apply(self, X: torch.Tensor) -> torch.Tensor:
-        """`A X` to the accuracy that a filter step needs."""
-        if self.G is not None:
-            return ops.thin_matmul(self.G, X, pieces=2, backend=self.backend)
-        return self.backward(self.forward(X, 1), 1)
-
-
-@dataclass(frozen=True)
 class _Ritz:
     """Ritz vectors of a block and what their residual says, for a stack."""
 
@@ -106,78 +83,12 @@ class _Ritz:
     planned: torch.Tensor  # (b,) what is left to damp: the same, not capped at a right angle
     blur: torch.Tensor  # (b,) how much of the error is rounding of the Gram matrix
 
-
-def _subset(item: Any, index: torch.Tensor, count: int) -> Any:
-    """The entries of a stack that `index` names; the stack itself where that is all of them."""
-    if len(index) == count:
-        return item
-    index = index.to((item.W if isinstance(item, _Operator) else item.Q).device)
-    changes = {
-        f.name: value[index]
-        for f in fields(item)
-        if isinstance(value := getattr(item, f.name), torch.Tensor)
-    }
-    return replace(item, **changes)
+    def __getitem__(self, index: torch.Tensor) -> "_Ritz":
+        """The entries of the stack that `index` names."""
+        return _Ritz(*(getattr(self, f.name)[index] for f in fields(self)))
 
 
-def _estimate(
-    rho: torch.Tensor, theta: torch.Tensor, k: int, rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Projector error of the leading `k` Ritz vectors, from their residuals outside the block.
-
-    Two things are wrong with a Ritz vector: what lies outside the block, `|rho_i| / (theta_i -
-    lambda)` with lambda just under the smallest Ritz value; and, to second order, what the outside
-    mixes in from the block's other vectors beyond `k`, which matters where the spectrum is flat.
-    Directions under the noise of float32 products are not counted: nothing is determined there.
-    """
-    eps = torch.finfo(torch.float32).eps
-    theta = theta.double()
-    floor = _noise_floor(theta[:, :1], rows)
-    counted = theta[:, :k] > floor
-    gap = (theta[:, :k] - theta[:, -1:]).clamp_min(eps * floor)
-    C = torch.bmm(rho.mT, rho).double()
-    outside = torch.diagonal(C, dim1=1, dim2=2)[:, :k] / gap**2
-    outside = torch.where(counted, outside, 0.0)
-    # Ritz values are themselves low by `shift`: closer ones than that are not told apart yet.
-    shift = torch.diagonal(C, dim1=1, dim2=2) / (theta - theta[:, -1:]).clamp_min(gap[:, -1:])
-    distance = (theta - shift)[:, :k, None] - (theta + shift)[:, None, k:]
-    mixed = (C[:, :k, k:] / (gap[..., None] * distance.clamp_min(1e-300))) ** 2
-    mixed = torch.where(counted, mixed.sum(2), 0.0)
-    error = (2 / k * (outside + mixed).clamp_max(1).sum(1)).sqrt()
-    return error, (2 / k * outside.sum(1)).sqrt()
-
-
-def rounding(theta: torch.Tensor, k: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
-    """First-order projector error from rounding of a Gram matrix in `dtype`.
-
-    Rounding turns vectors `i` and `j` into each other by `e / (theta_i - theta_j)`; an entry `e` of
-    it, in the basis of the eigenvectors, was measured at 0.02 to 0.6 eps theta_1 over the spectra
-    of `testing.SPECTRA`. Where the values at the cut are within the noise of float32 input no
-    subspace is determined, and nothing is counted.
-
-    Args:
-        theta: eigenvalues `(b, l)`, descending.
-        k: where the cut is.
-        rows: the longer side of the matrices.
-        dtype: of the Gram matrix.
-
-    Returns:
-        `(b,)`, float64.
-    """
-    theta = theta.double().clamp_min(0)
-    top = theta[:, :1]
-    distance = (theta[:, :k, None] - theta[:, None, k:]).clamp_min(1e-300)
-    turned = ((0.75 * torch.finfo(dtype).eps * top[..., None] / distance) ** 2).sum(2).clamp_max(1)
-    turned = torch.where(theta[:, :k] > _noise_floor(top, rows), turned, 0.0)
-    return (2 / k * turned.sum(1)).sqrt()
-
-
-def _noise_floor(top: torch.Tensor, rows: int) -> torch.Tensor:
-    """Eigenvalues under which rounding of float32 products leaves no direction determined."""
-    return (4 * torch.finfo(torch.float32).eps * math.sqrt(rows)) ** 2 * top.clamp_min(1e-300)
-
-
-def _rayleigh_ritz(A: _Operator, Q: torch.Tensor, k: int) -> _Ritz:
+def _rayleigh_ritz(A: Operator, Q: torch.Tensor, k: int) -> _Ritz:
     """Singular triplets of `W` within span(Q), from two products with `W`."""
     backend = A.backend
     Y = A.forward(Q, 2)
@@ -185,28 +96,33 @@ def _rayleigh_ritz(A: _Operator, Q: torch.Tensor, k: int) -> _Ritz:
     dtype = torch.float64 if Q.device.type == "cpu" else torch.float32
     H = ops.gram(Y, dtype=dtype, backend=backend)
     theta, R = ops.symmetric_eigh(H, backend=backend)
+    theta = theta.clamp_min(0)
     Q = ops.rotate(Q, R, backend=backend)
     Y = ops.rotate(Y, R, backend=backend)
     Z = A.backward(Y, 2)
-    # Rounding in Y points along the leading vectors, which the block holds: project it out.
-    rho = Z - ops.rotate(Q, torch.bmm(Q.mT, Z), backend=backend)
-    error, planned = _estimate(rho, theta, k, max(Y.shape[1], Q.shape[1]))
-    return _Ritz(Q, Y, Z, theta.clamp_min(0), error, planned, torch.zeros_like(error))
+    if bool((theta[:, 0] > _STEEP * theta[:, -1]).any()):
+        # Rounding in Y points along the leading vectors, which the block holds: project it out.
+        rho = Z - ops.rotate(Q, torch.bmm(Q.mT, Z), backend=backend)
+    else:
+        rho = Z - Q * theta.float()[:, None]
+    C = ops.gram(rho, backend=backend)
+    error, planned = residual_error(C, theta, k, A.rows)
+    return _Ritz(Q, Y, Z, theta, error, planned, torch.zeros_like(error))
 
 
-def _gram_ritz(A: _Operator, Q: torch.Tensor, k: int) -> _Ritz:
+def _gram_ritz(A: Operator, Q: torch.Tensor, k: int) -> _Ritz:
     """Ritz vectors from one product with the Gram matrix: good enough to steer by."""
-    Z = A.apply(Q)
+    backend = A.backend
+    Z = A.apply(Q, 2)
     H = torch.bmm(Q.mT, Z)
-    H = (H + H.mT) / 2
-    theta, R = ops.symmetric_eigh(H, backend=A.backend)
-    Q = ops.rotate(Q, R, backend=A.backend)
-    Z = ops.rotate(Z, R, backend=A.backend)
-    rho = Z - Q * theta.to(Q.dtype)[:, None]
-    error, planned = _estimate(rho, theta, k, Q.shape[1])
-    blur = rounding(theta, k, max(A.W.shape[1:]), torch.float32)
-    error = (error**2 + blur**2).sqrt()
-    return _Ritz(Q, Q[:, :, :0], Z, theta.clamp_min(0), error, planned, blur)
+    theta, R = ops.symmetric_eigh((H + H.mT) / 2, backend=backend)
+    theta = theta.clamp_min(0)
+    Q = ops.rotate(Q, R, backend=backend)
+    Z = ops.rotate(Z, R, backend=backend)
+    C = ops.gram(Z - Q * theta[:, None], backend=backend)
+    error, planned = residual_error(C, theta, k, A.rows)
+    blur = rounding_error(theta, k, A.rows, torch.float32)
+    return _Ritz(Q, Q[:, :, :0], Z, theta, (error**2 + blur**2).sqrt(), planned, blur)
 
 
 def _degrees(ritz: _Ritz, k: int, tol: float) -> torch.Tensor:
@@ -219,24 +135,24 @@ def _degrees(ritz: _Ritz, k: int, tol: float) -> torch.Tensor:
     return listed[torch.bucketize(needed, listed).clamp_max(len(_DEGREES) - 1)].long().cpu()
 
 
-def _filter(A: _Operator, ritz: _Ritz, degree: int) -> torch.Tensor:
+def _filter(A: Operator, ritz: _Ritz, degree: int) -> torch.Tensor:
     """Applies the polynomial of this degree to the block and orthonormalises it."""
-    tiny = torch.finfo(torch.float32).tiny
-    b = ritz.theta[:, -1].float().clamp_min(tiny)[:, None, None]
+    # Where the block holds all there is, its last Ritz value is rounding and may be zero.
+    b = torch.maximum(ritz.theta[:, -1], 1e-8 * ritz.theta[:, 0]).float().clamp_min(1e-30)
     # How much a leading direction gains on the rest in one factor, at most, over the stack.
-    gain = max(2.0, float((2 * ritz.theta[:, 0].float() / b.flatten()).max()))
+    gain = max(2.0, float((2 * ritz.theta[:, 0].float() / b).max()))
     X, Z, growth = ritz.Q, ritz.Z, 1.0
     for j, root in enumerate(chebyshev_roots(degree)):
         if j:
             Z = A.apply(X)
-        X = (Z - (root * b) * X) * (2 / b)
+        X = ops.shift(Z, X, root * b, 2 / b, backend=A.backend)
         growth *= gain
         if j + 1 < degree and growth * gain > _GROWTH_CAP:
-            X, growth = ops.orthonormalize(X, backend=A.backend), 1.0
+            X, growth = ops.orthonormalize(X, quick=True, backend=A.backend), 1.0
     return ops.orthonormalize(X, backend=A.backend)
 
 
-def _finish(A: _Operator, ritz: _Ritz, k: int) -> Triplets:
+def _finish(A: Operator, ritz: _Ritz, k: int) -> Triplets:
     """Triplets of the leading `k` Ritz vectors, on the tall side as orthonormal as on the short."""
     V, Y, passes = ritz.Q[:, :, :k].contiguous(), ritz.Y[:, :, :k], 0
     if A.G is not None:
@@ -251,7 +167,7 @@ def _finish(A: _Operator, ritz: _Ritz, k: int) -> Triplets:
 
 
 def _solve(
-    A: _Operator, Q: torch.Tensor, k: int, tol: float, left: int, degree: int | None
+    A: Operator, Q: torch.Tensor, k: int, tol: float, left: int, degree: int | None
 ) -> Triplets:
     """Looks at the block, filters it as far as each matrix needs, and goes on with what is left.
 
@@ -261,6 +177,7 @@ def _solve(
     count = Q.shape[0]
     steer = A.G is not None
     ritz = _gram_ritz(A, Q, k) if steer else _rayleigh_ritz(A, Q, k)
+    del Q
     left -= 2
     degrees = _degrees(ritz, k, tol) if degree is None else torch.full((count,), degree)
     degrees = degrees.clamp_max((left - steer) // 2).clamp_min(0)
@@ -269,23 +186,20 @@ def _solve(
     parts = []
     for d in degrees.unique().tolist():
         index = torch.nonzero(degrees == d).flatten()
-        parts.append((d, index, _subset(ritz, index, count)))
-    del ritz, Q
+        whole, where = len(index) == count, index.to(ritz.Q.device)
+        parts.append((d, index, A if whole else A[where], ritz if whole else ritz[where]))
+    del ritz
     results = []
     while parts:
-        d, index, part = parts.pop()
-        subset = _subset(A, index, count)
+        d, index, some, part = parts.pop()
         if d == 0:
-            found, spent = _finish(subset, part, k), 2
-        elif d == _ON_WEIGHTS:
-            block = part.Q
-            del part
-            subset = replace(subset, G=None)
-            found, spent = _solve(subset, block, k, tol, left, None), 2
+            found, spent = _finish(some, part, k), 2
         else:
-            block = _filter(subset, part, d)
+            block = part.Q if d == _ON_WEIGHTS else _filter(some, part, d)
+            some = some.on_weights() if d == _ON_WEIGHTS else some
+            spent = 2 * max(d, 1)
             del part
-            found, spent = _solve(subset, block, k, tol, left - 2 * (d - 1), None), 2 * d
+            found = _solve(some, block, k, tol, left + 2 - spent, None)
         results.append((index, replace(found, passes=found.passes + spent)))
     return _merge(results, count)
 
@@ -301,6 +215,12 @@ def _merge(results: list[tuple[torch.Tensor, Triplets]], count: int) -> Triplets
         for index, part in results:
             merged[f.name][index.to(first.device)] = getattr(part, f.name)
     return Triplets(**merged)
+
+
+def _scaled(G: torch.Tensor) -> torch.Tensor:
+    """Gram matrices scaled into the range of float16; their eigenvectors do not change."""
+    largest = torch.diagonal(G, dim1=1, dim2=2).amax(dim=1).clamp_min(1e-30)
+    return G * torch.exp2(7 - largest.log2().floor())[:, None, None]
 
 
 def iterate(
@@ -332,10 +252,11 @@ def iterate(
     """
     count, m, n = W.shape
     flipped = n > m
+    halves = W.is_cuda and _backends.requested(backend) != "reference"
     G = None
     if use_gram and not warm:
-        G = ops.gram(W.mT if flipped else W, dtype=torch.float32, backend=backend)
-    A = _Operator(W, flipped, G, backend)
+        G = Stack.of(_scaled(ops.gram(W.mT if flipped else W, backend=backend)), halves)
+    A = Operator(Stack.of(W, halves), flipped, G, backend)
     Q = start.expand(count, -1, -1).contiguous()
     spent = 0
     if not warm:

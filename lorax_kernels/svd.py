@@ -105,13 +105,13 @@ def truncated_svd(
     The method is described in `docs/kernels/truncated_svd.md`.
     """
     _check_options(rank, energy, tol, oversample, max_passes)
-    _backends.check_name(backend)
     stacked = W if isinstance(W, torch.Tensor) and W.dim() == 3 else None
     matrices = [W] if isinstance(W, torch.Tensor) and stacked is None else list(W)
     for i, matrix in enumerate(matrices):
         _batching.check(i, matrix, rank)
     starts = _starts(matrices, init)
     seed = _seed(generator)
+    halves = _backends.requested(backend) != "reference"
     found: dict[int, SVD] = {}
     for group in _batching.groups(matrices, [start is not None for start in starts]):
         first = matrices[group[0]]
@@ -119,7 +119,8 @@ def truncated_svd(
         m, n = first.shape
         p = plan(m, n, k, oversample, first.device)
         for chunk in _batching.chunks(group, first, p, workspace):
-            stack, scale = _batching.stack(matrices, chunk, p.path == "exact")
+            exact = p.path == "exact"
+            stack, scale = _batching.stack(matrices, chunk, exact, first.is_cuda and halves)
             start = [starts[i] for i in chunk]
             parts = _decompose(stack, k, p, tol, max_passes, start, seed, backend)
             found.update(zip(chunk, _results(parts, scale), strict=True))
