@@ -71,7 +71,7 @@ def stack(
     """
     first = matrices[chunk[0]]
     stacked = first[None] if len(chunk) == 1 else torch.stack([matrices[i] for i in chunk])
-    largest = stacked.abs().amax(dim=(1, 2)).double()
+    largest = stacked.abs().flatten(1).amax(dim=1).double()
     if not bool(largest.isfinite().all()):
         bad = chunk[int((~largest.isfinite()).nonzero()[0])]
         raise ValueError(f"matrix {bad} holds NaN or Inf; no SVD exists")

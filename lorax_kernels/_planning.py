@@ -8,67 +8,96 @@ import torch
 
 @dataclass(frozen=True)
 class Costs:
-    """Rates of one kind of device, in floating-point operations per second.
+    """Rates of one kind of device, in operations per second.
 
     Attributes:
-        thin: products of weights with a thin block.
-        gram: products `W^T W` in float32, before symmetry halves them.
-        gram64: the same in float64.
-        eigh64: full symmetric eigendecomposition in float64, counted as `n^3`.
-        small: orthonormalisation and small eigenproblems, counted as `n l^2`.
-        align: block widths are rounded up to a multiple of this.
+        thin: products of weights with a thin block, `2 m n l` operations.
+        gram: Gram matrices in the precision of the filter, `2 m n^2`.
+        exact_gram: the same in the precision of the exact path.
+        eigh: full symmetric eigendecomposition in that precision, counted as `n^3`.
+        block: what is done to the block between products (orthonormalisation, small
+            eigenproblems), counted as `n l^2` for each of `_BLOCK_STEPS`.
     """
 
     thin: float
     gram: float
-    gram64: float
-    eigh64: float
-    small: float
-    align: int
+    exact_gram: float
+    eigh: float
+    block: float
 
 
-# Measured with benchmarks/kernels/bench_costs.py; only their ratios matter.
-CPU = Costs(thin=80e9, gram=130e9, gram64=60e9, eigh64=4.5e9, small=15e9, align=8)
-CUDA = Costs(thin=250e12, gram=300e12, gram64=40e12, eigh64=0.7e12, small=8e12, align=64)
-# Degrees of the filter that a flat spectrum takes at the default width; a decaying one takes fewer,
-# and is then cheap on either operator.
-_DEGREE = 14
+# benchmarks/kernels/bench_costs.py measures them and shows where a plan is wrong.
+CPU = Costs(thin=62e9, gram=95e9, exact_gram=95e9, eigh=6.3e9, block=4.9e9)
+CUDA = Costs(thin=400e12, gram=300e12, exact_gram=60e12, eigh=0.6e12, block=6e12)
+# Degrees of the filter for the spectrum of a trained weight, and steps of the block they take.
+_DEGREE = 12
+_BLOCK_STEPS = 15
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a stack of one shape is decomposed."""
+    """How a stack of one shape is decomposed.
+
+    Attributes:
+        path: "randomized" or "exact".
+        width: columns of the block.
+        use_gram: iterate on the Gram matrix instead of on the weights.
+        max_passes: products after which the exact path would have been cheaper.
+    """
 
     path: str
     width: int
     use_gram: bool
+    max_passes: int = 64
 
 
-def plan(m: int, n: int, k: int, oversample: int | None, device: torch.device) -> Plan:
+def _width(k: int, device: torch.device) -> int:
+    """Columns of the block: half as many again as wanted, which minimises columns times degrees."""
+    width = k + max(16, k // 2)
+    if device.type == "cpu":
+        return -(-width // 8) * 8
+    # On a GPU a product costs the same up to 192 columns, where reading the weights bounds it, and
+    # batched eigensolvers turn slow beyond 256.
+    return next((w for w in (192, 256) if width <= w), -(-width // 64) * 64)
+
+
+def plan(
+    m: int,
+    n: int,
+    k: int,
+    oversample: int | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Plan:
     """The cheaper path for `(m, n)` matrices at rank `k`.
 
     Args:
         m: rows.
         n: columns.
         k: rank.
-        oversample: columns of the block beyond `k`; None for half of `k`, at least 16.
+        oversample: columns of the block beyond `k`; None chooses them.
         device: where the matrices are.
+        dtype: of the matrices.
 
     Returns:
         The path, and for the randomized one the block's width and the operator to iterate on.
     """
     costs = CPU if device.type == "cpu" else CUDA
     long, short = max(m, n), min(m, n)
-    width = k + (max(16, k // 2) if oversample is None else oversample)
-    if oversample is None:
-        width = -(-width // costs.align) * costs.align
+    width = _width(k, device) if oversample is None else k + oversample
     if width >= short:
         return Plan("exact", short, False)
-    exact = 2 * long * short**2 / costs.gram64 + short**3 / costs.eigh64
-    on_weights = _DEGREE * 4 * long * short * width / costs.thin
-    on_gram = 2 * long * short**2 / costs.gram
-    on_gram += _DEGREE * 2 * short**2 * width / costs.thin
-    around = _DEGREE * short * width**2 / costs.small
-    if exact <= min(on_weights, on_gram) + around:
+    exact = 2 * long * short**2 / costs.exact_gram + short**3 / costs.eigh
+    # On tensor cores whatever is not 16 bits wide is multiplied in two pieces.
+    halves = device.type != "cpu"
+    pieces = 2 if halves and dtype.itemsize > 2 else 1
+    on_weights = _DEGREE * pieces * 4 * long * short * width / costs.thin
+    on_gram = _DEGREE * (2 if halves else 1) * 2 * short**2 * width / costs.thin
+    forming = 2 * long * short**2 / costs.gram
+    block = _BLOCK_STEPS * short * width**2 / costs.block
+    use_gram = forming + on_gram < on_weights
+    iterating = on_gram if use_gram else on_weights
+    if exact <= iterating + use_gram * forming + block:
         return Plan("exact", short, False)
-    return Plan("randomized", width, on_gram < on_weights)
+    passes = int(2 * _DEGREE * exact / (iterating + block))
+    return Plan("randomized", width, use_gram, min(max(passes, 40), 200))

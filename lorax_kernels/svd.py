@@ -12,9 +12,6 @@ from . import _backends, _batching, _exact, _subspace
 from ._planning import Plan, plan
 from .svd_types import SVD
 
-# Products with W that the randomized path may make before the exact one takes over.
-_MAX_PASSES = 64
-
 
 class ConvergenceWarning(UserWarning):
     """A truncated SVD stopped above the tolerance it was asked for."""
@@ -77,7 +74,8 @@ def truncated_svd(
         tol: relative projector error to reach, `||V V^T - P||_F / ||P||_F`.
         oversample: columns of the block beyond `rank`; None chooses half of the rank, at least 16.
         max_passes: products with `W` or `W^T` at most. None lets the exact path take over where
-            64 of them do not reach `tol`; with a number the result says what it reached.
+            as many as it would cost do not reach `tol`; with a number the result says what it
+            reached.
         generator: source of the starting block. None is a fixed seed.
         init: a previous SVD of a similar matrix to start from (for a list of matrices a list, with
             None where there is none): a fine-tuned copy then takes two to four passes.
@@ -117,7 +115,7 @@ def truncated_svd(
         first = matrices[group[0]]
         k = min(first.shape) if rank is None else rank
         m, n = first.shape
-        p = plan(m, n, k, oversample, first.device)
+        p = plan(m, n, k, oversample, first.device, first.dtype)
         for chunk in _batching.chunks(group, first, p, workspace):
             exact = p.path == "exact"
             stack, scale = _batching.stack(matrices, chunk, exact, first.is_cuda and halves)
@@ -225,7 +223,7 @@ def _decompose(
         block,
         k,
         tol,
-        _MAX_PASSES if max_passes is None else max_passes,
+        p.max_passes if max_passes is None else max_passes,
         use_gram=p.use_gram,
         warm=starts[0] is not None,
         backend=backend,

@@ -127,7 +127,7 @@ def ours(case, shapes, spectrum, rank, backend, repeats, ceiling, generator):
             basis = exact_basis(W)[:, :rank]
             errors.append(projector_error(short_side((svd.U, svd.S, svd.V), W), basis))
     m, n = weights[0].shape
-    width = plan(m, n, rank, None, DEVICE).width
+    width = plan(m, n, rank, None, DEVICE, torch.bfloat16).width
     floor = floor_ms(weights, results, width, ceiling)
     row = {
         "case": case,

@@ -25,7 +25,7 @@ SHAPES = [(199, 199), (300, 129), (129, 300)]
 def path(request, monkeypatch):
     """Forces a path, whatever the cost model would choose for shapes this small."""
 
-    def forced(m, n, k, oversample, device):
+    def forced(m, n, k, oversample, *_):
         width = min(k + (oversample or max(16, k // 2)), min(m, n))
         if request.param == "exact" or width == min(m, n):
             return Plan("exact", min(m, n), False)
