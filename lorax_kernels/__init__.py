@@ -10,6 +10,8 @@ from .similarity import Similarity as Similarity
 from .similarity import subspace_similarity as subspace_similarity
 from .svd import ConvergenceWarning as ConvergenceWarning
 from .svd import truncated_svd as truncated_svd
+from .svd_diff import svd_diff as svd_diff
+from .svd_lowrank import svd_lowrank as svd_lowrank
 from .svd_types import SVD as SVD
 from .transfer import METHODS as METHODS
 from .transfer import UnvalidatedTransferWarning as UnvalidatedTransferWarning
