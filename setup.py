@@ -26,8 +26,10 @@ CUDA_SOURCES = [
     "csrc/gram.cu",
     "csrc/rotate.cu",
     "csrc/orthonormalize.cu",
+    "csrc/shift.cu",
     "csrc/symmetric_eigh.cu",
     "csrc/project.cu",
+    "csrc/project_wide.cu",
 ]
 
 

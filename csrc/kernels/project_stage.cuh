@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tiles of bases and blocks on their way from device memory to bfloat16 planes in shared memory.
+// Tiles of bases and blocks on their way from device memory, as they are, through a ring of shared
+// memory to the operands of the tensor cores, where wider numbers are split into bfloat16 parts.
 #pragma once
 
 #include "project_numbers.cuh"
@@ -9,12 +10,10 @@
 namespace lorax::projection {
 
 constexpr int kWarp = 32;
-constexpr int kWarps = 8;
+constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kTileRows = 64;
-// Shared rows are padded by 16 bytes: with widths that are multiples of 32 bytes, eight rows then
-// start in eight different groups of banks and ldmatrix runs without conflicts.
-constexpr int kPad = 8;
+constexpr int kReadRows = 64;    // rows of a tile of Q
+constexpr int kWriteRows = 128;  // rows of a tile of P, 32 a warp: each part of C is used twice
 
 // What the dtypes of a basis and of a block fix. A float32 basis is split in two parts for 16-bit
 // blocks (2^-16, under their own rounding) and in three for float32 blocks.
@@ -29,19 +28,28 @@ struct Precision {
   static constexpr int kWriteLevel = kBasis > kCoordinates ? kBasis : kCoordinates;
 };
 
-// Panel width for blocks of 16 * kTiles columns: at most 8 loads of 16 bytes a thread, which
-// with the sums is what 128 registers hold.
-template <typename Basis, int kTiles>
-constexpr int kWidest = kTiles > 1 || sizeof(Basis) == 4 ? 128 : 256;
-
 // Elements a vector of 16 bytes holds.
 template <typename T>
 constexpr int kVector = 16 / sizeof(T);
 
+// Columns of one tile of Q and of P: 20 KB either way.
+template <typename T>
+constexpr int kReadWidest = sizeof(T) == 2 ? 160 : 80;
+template <typename T>
+constexpr int kWriteWidest = sizeof(T) == 2 ? 80 : 48;
+
+// Rows in shared memory are padded so that a warp's accesses fall into different banks: bfloat16
+// rows start in eight different groups of banks (ldmatrix); float32 is read by single words of
+// rows 2 apart while Q is read, by pairs of words of neighbouring rows while P is.
+template <typename T>
+constexpr int kReadPad = kVector<T>;
+template <typename T>
+constexpr int kWritePad = 8;
+
 // Up to 16 bytes of a row, element by element; the rest is 0. Out of line: inlined once for each
 // load of a tile it would cost the aligned path its registers.
 template <typename T>
-__device__ __noinline__ uint4 load_ragged(const T* source, int valid) {
+__device__ __noinline__ uint4 load_ragged(const T* source, int stride, int valid) {
   union {
     uint4 bits;
     T element[kVector<T>];
@@ -49,113 +57,156 @@ __device__ __noinline__ uint4 load_ragged(const T* source, int valid) {
   x.bits = make_uint4(0, 0, 0, 0);
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i) {
-    if (i < valid) x.element[i] = source[i];
+    if (i < valid) x.element[i] = source[int64_t(i) * stride];
   }
   return x.bits;
 }
 
+// A matrix in device memory.
 template <typename T>
-__device__ inline bool has_aligned_rows(const T* source, int row_stride) {
-  return reinterpret_cast<uintptr_t>(source) % 16 == 0 && row_stride % kVector<T> == 0;
+struct Source {
+  const T* data;
+  int row_stride, column_stride;
+  bool is_aligned;  // every row can be copied by vectors
+
+  __device__ Source(const void* base, int row_stride, int column_stride = 1)
+      : data(static_cast<const T*>(base)),
+        row_stride(row_stride),
+        column_stride(column_stride),
+        is_aligned(reinterpret_cast<uintptr_t>(base) % 16 == 0 && row_stride % kVector<T> == 0 &&
+                   column_stride == 1) {}
+};
+
+// Starts the copy of kRows x width elements from (row, column) on; past `rows` and `columns` of the
+// matrix the tile is 0. Column and width are multiples of 16.
+template <int kRows, typename T>
+__device__ inline void copy_tile(T* tile, int stride, const Source<T>& source, int row, int column,
+                                 int rows, int columns, int width, uint64_t policy) {
+  const int vectors = width / kVector<T>;
+  const T* from =
+      source.data + int64_t(row) * source.row_stride + int64_t(column) * source.column_stride;
+  rows -= row, columns -= column;
+  int i = threadIdx.x / vectors, j = threadIdx.x % vectors;
+  const int next_i = kThreads / vectors, next_j = kThreads % vectors;
+#pragma unroll 4
+  while (i < kRows) {
+    const int first = j * kVector<T>;
+    const int valid = i < rows ? max(0, min(kVector<T>, columns - first)) : 0;
+    const T* vector = from + int64_t(i) * source.row_stride + int64_t(first) * source.column_stride;
+    T* to = tile + i * stride + first;
+    if (source.is_aligned) {
+      // A copy of no bytes still needs a valid address.
+      copy_async(to, valid > 0 ? vector : source.data, valid * int(sizeof(T)), policy);
+    } else {
+      *reinterpret_cast<uint4*>(to) = load_ragged(vector, source.column_stride, valid);
+    }
+    i += next_i, j += next_j;
+    if (j >= vectors) j -= vectors, ++i;
+  }
 }
 
-// A tile of kTileRows x width elements of a basis, held in registers while the previous tile is
-// multiplied, then split into kParts planes of [kTileRows][width + kPad] bfloat16.
-template <typename T, int kParts, int kWidth>
-struct BasisPrefetch {
-  static constexpr int kLoads = kTileRows * kWidth / kVector<T> / kThreads;
-  uint4 x[kLoads];
-
-  // source: row 0, column 0 of the tile; rows, columns: how many exist; width: multiple of 16.
-  __device__ void load(const T* source, int row_stride, int rows, int columns, int width,
-                       bool is_aligned) {
-    const int vectors = width / kVector<T>;
-    int row = threadIdx.x / vectors, vector = threadIdx.x % vectors;
+// Two neighbours of an operand as its parts.
+template <int kParts>
+__device__ inline void split_pair(float low, float high, uint32_t (&pair)[kParts]) {
+  bf16 l[kParts], h[kParts];
+  split(low, l);
+  split(high, h);
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int column = vector * kVector<T>;
-      x[i] = make_uint4(0, 0, 0, 0);
-      if (row < rows && column < columns) {
-        const T* from = source + int64_t(row) * row_stride + column;
-        const bool is_whole = is_aligned && column + kVector<T> <= columns;
-        x[i] = is_whole ? load_streaming(from) : load_ragged(from, columns - column);
-      }
-      row += kThreads / vectors, vector += kThreads % vectors;
-      if (vector >= vectors) vector -= vectors, ++row;
-    }
-  }
+  for (int j = 0; j < kParts; ++j) pair[j] = pack(l[j], h[j]);
+}
 
-  __device__ void store(bf16* planes, int width) const {
-    const int vectors = width / kVector<T>, stride = width + kPad;
-    int row = threadIdx.x / vectors, vector = threadIdx.x % vectors;
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if (row < kTileRows) store_vector(planes, row * stride + vector * kVector<T>, stride, x[i]);
-      row += kThreads / vectors, vector += kThreads % vectors;
-      if (vector >= vectors) vector -= vectors, ++row;
-    }
-  }
-
- private:
-  __device__ static void store_vector(bf16* planes, int offset, int stride, const uint4& bits) {
-    if constexpr (kParts == 1) {
-      *reinterpret_cast<uint4*>(planes + offset) = bits;
-    } else {
-      const float value[4] = {__uint_as_float(bits.x), __uint_as_float(bits.y),
-                              __uint_as_float(bits.z), __uint_as_float(bits.w)};
-      bf16 part[4][kParts];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) split(value[i], part[i]);
-#pragma unroll
-      for (int j = 0; j < kParts; ++j) {
-        *reinterpret_cast<uint2*>(planes + j * kTileRows * stride + offset) =
-            make_uint2(pack(part[0][j], part[1][j]), pack(part[2][j], part[3][j]));
-      }
-    }
-  }
-};
-
-// A tile of kRows x 16 * kTiles elements of a block, on its way to planes of
-// [plane_rows][16 * kTiles + kPad].
-template <typename T, int kParts, int kTiles, int kRows>
-struct BlockPrefetch {
+// A tile of B in shared memory, [rows][columns] or, where B lies transposed, [columns][rows].
+template <typename T, int kTiles>
+struct BlockTile {
   static constexpr int kColumns = 16 * kTiles;
-  static constexpr int kStride = kColumns + kPad;
-  static constexpr int kLoads = kRows * kColumns / kThreads;
-  T x[kLoads];
+  static constexpr int kStride = kColumns + kVector<T>;
+  static constexpr int kTransposedStride = kReadRows + kVector<T>;
+  static constexpr int kBytes = int(sizeof(T)) * (kReadRows * kStride > kColumns * kTransposedStride
+                                                      ? kReadRows * kStride
+                                                      : kColumns * kTransposedStride);
 
-  // Neighbouring threads take neighbouring elements, whichever way the block lies in memory.
-  __device__ static void position(int i, bool is_transposed, int& row, int& column) {
-    const int index = threadIdx.x + i * kThreads;
-    row = is_transposed ? index % kRows : index / kColumns;
-    column = is_transposed ? index / kRows : index % kColumns;
-  }
-
-  __device__ void load(const T* source, int row_stride, int column_stride, int rows, int columns) {
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      int row, column;
-      position(i, row_stride == 1, row, column);
-      const bool exists = row < rows && column < columns;
-      x[i] = exists ? source[int64_t(row) * row_stride + int64_t(column) * column_stride]
-                    : from_float<T>(0.0f);
+  __device__ static void copy(T* tile, const Layer& x, int row, int end, int first_column,
+                              uint64_t policy) {
+    if (x.block_row == 1) {
+      copy_tile<kColumns>(tile, kTransposedStride, Source<T>(x.block, x.block_column), first_column,
+                          row, x.r, end, kReadRows, policy);
+    } else {
+      copy_tile<kReadRows>(tile, kStride, Source<T>(x.block, x.block_row, x.block_column), row,
+                           first_column, end, x.r, kColumns, policy);
     }
   }
 
-  // plane_rows: rows of one plane; base points at the first of this tile's kRows rows.
-  __device__ void store(bf16* base, int plane_rows, bool is_transposed) const {
+  // Operand a: the transpose of rows row.. and columns 16 * t...
+  template <int kParts>
+  __device__ static void operand(uint32_t (&a)[kParts][kTiles][4], const T* tile, int row,
+                                 bool is_transposed) {
+    const int lane = threadIdx.x % kWarp;
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      int row, column;
-      position(i, is_transposed, row, column);
-      bf16 part[kParts];
-      split(to_float(x[i]), part);
+    for (int t = 0; t < kTiles; ++t) {
+      if constexpr (kExactParts<T> == 1) {
+        const int across = lane / 8 % 2 * 8, along = lane / 16 * 8, eighth = lane % 8;
+        if (is_transposed) {
+          load_blocks(a[0][t], tile + (16 * t + across + eighth) * kTransposedStride + row + along);
+        } else {
+          load_blocks_transposed(a[0][t],
+                                 tile + (row + along + eighth) * kStride + 16 * t + across);
+        }
+      } else {
+        const int row_step = is_transposed ? 1 : kStride;
+        const int column_step = is_transposed ? kTransposedStride : 1;
 #pragma unroll
-      for (int j = 0; j < kParts; ++j) {
-        base[(j * plane_rows + row) * kStride + column] = part[j];
+        for (int i = 0; i < 4; ++i) {
+          const int j = 16 * t + lane / 4 + i % 2 * 8, k = row + lane % 4 * 2 + i / 2 * 8;
+          const T* at = tile + k * row_step + j * column_step;
+          uint32_t pair[kParts];
+          split_pair(to_float(at[0]), to_float(at[row_step]), pair);
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) a[part][t][i] = pair[part];
+        }
       }
     }
   }
 };
+
+// Operand b of two products side by side: rows row.. and 16 columns of a tile of Q.
+template <int kParts, typename T>
+__device__ inline void read_operand(uint32_t (&b)[kParts][4], const T* tile, int stride, int row,
+                                    int column) {
+  const int lane = threadIdx.x % kWarp;
+  if constexpr (kExactParts<T> == 1) {
+    load_blocks_transposed(
+        b[0], tile + (row + lane / 8 % 2 * 8 + lane % 8) * stride + column + lane / 16 * 8);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const T* at =
+          tile + (row + lane % 4 * 2 + i % 2 * 8) * stride + column + lane / 4 + i / 2 * 8;
+      uint32_t pair[kParts];
+      split_pair(to_float(at[0]), to_float(at[stride]), pair);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) b[part][i] = pair[part];
+    }
+  }
+}
+
+// Operand a: rows row.. and 16 columns of a tile of P.
+template <int kParts, typename T>
+__device__ inline void write_operand(uint32_t (&a)[kParts][4], const T* tile, int stride, int row,
+                                     int column) {
+  const int lane = threadIdx.x % kWarp;
+  if constexpr (kExactParts<T> == 1) {
+    load_blocks(a[0], tile + (row + lane / 8 % 2 * 8 + lane % 8) * stride + column + lane / 16 * 8);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = *reinterpret_cast<const float2*>(
+          tile + (row + lane / 4 + i % 2 * 8) * stride + column + lane % 4 * 2 + i / 2 * 8);
+      uint32_t pair[kParts];
+      split_pair(x.x, x.y, pair);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) a[part][i] = pair[part];
+    }
+  }
+}
 
 }  // namespace lorax::projection

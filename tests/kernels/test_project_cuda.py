@@ -13,7 +13,6 @@ from project_cases import DTYPES, SHAPES, SQUARE, errors, make_layers
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "csrc" / "kernels"
 EMULATOR = Path(__file__).with_name("emulator")
-TWO_PASS, FUSED = 1, 2
 CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
@@ -26,7 +25,9 @@ class Layer(ctypes.Structure):
             (name, ctypes.c_int)
             for name in (
                 *("block_row", "block_column", "read_row", "write_row", "m", "p", "k", "r"),
-                *("chunk_rows", "first_read", "first_write", "first_partial", "first_coordinate"),
+                *("read_width", "chunk_rows", "write_width", "slab_rows"),
+                *("first_read", "first_write"),
+                *("first_partial", "first_coordinate", "first_counter"),
             )
         ),
     ]
@@ -50,7 +51,7 @@ def emulated(tmp_path_factory):
     return ctypes.CDLL(str(library))
 
 
-def run(library, layers, method):
+def run(library, layers, item_bytes, lag, resident):
     """Results of a launch whose outputs start as NaN."""
     blocks, read, write = layers
     results = [
@@ -63,35 +64,61 @@ def run(library, layers, method):
         strides = (B.stride(0), B.stride(1), Q.stride(0), P.stride(0))
         table[i] = Layer(*pointers, *strides, B.shape[0], P.shape[0], Q.shape[1], B.shape[1])
     codes = (CODES[x[0].dtype] for x in (read, write, blocks))
-    assert library.emulated_project(table, len(blocks), *codes, method) == 0
+    tuning = (item_bytes, lag, resident)
+    assert library.emulated_project(table, len(blocks), *codes, *tuning) == 0
     return results
 
 
-def check(library, layers, method):
+def check(library, layers, item_bytes=8192, lag=125, resident=8):
+    results = run(library, layers, item_bytes, lag, resident)
     # The emulated tensor core rounds to nearest, as PyTorch does: twice its error is ample.
-    for found, plain in errors(run(library, layers, method), layers):
+    for found, plain in errors(results, layers):
         assert found <= max(2 * plain, 1.2e-7)
+    return results
 
 
 @pytest.mark.parametrize("factor", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize(
     ("read", "write"),
-    [("bf16", "bf16"), ("fp32", "fp32"), ("bf16", "fp32")],
-    ids=["bf16", "fp32", "mixed"],
+    [("bf16", "bf16"), ("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16")],
+    ids=["bf16", "fp32", "bf16-fp32", "fp32-bf16"],
 )
-def test_two_passes(emulated, factor, read, write):
+def test_two_bases(emulated, factor, read, write):
     generator = torch.Generator().manual_seed(1)
     layers = make_layers(SHAPES, DTYPES[factor], DTYPES[read], DTYPES[write], generator)
-    check(emulated, layers, TWO_PASS)
+    check(emulated, layers)
 
 
 @pytest.mark.parametrize("factor", ["bf16", "fp16", "fp32"])
-def test_fused(emulated, factor):
+def test_aligned_rows(emulated, factor):
+    """Rows that start on multiples of 16 bytes are copied in the background."""
     generator = torch.Generator().manual_seed(2)
     blocks, bases, _ = make_layers(SQUARE, DTYPES[factor], torch.bfloat16, None, generator)
-    # The fused kernel copies 16 bytes at a time: rows must start on multiples of that.
-    bases = [torch.nn.functional.pad(Q, (0, -Q.shape[1] % 8))[:, : Q.shape[1]] for Q in bases]
-    check(emulated, (blocks, bases, bases), FUSED)
+
+    def aligned(x):
+        return torch.nn.functional.pad(x, (0, -x.shape[1] % 8))[:, : x.shape[1]]
+
+    blocks = [aligned(B.T).T if B.stride(0) == 1 else aligned(B) for B in blocks]
+    bases = [aligned(Q) for Q in bases]
+    check(emulated, (blocks, bases, bases))
+
+
+@pytest.mark.parametrize("resident", [1, 3, 8])
+@pytest.mark.parametrize("lag", [-1, 0, 50, 400])
+def test_any_order_ends_with_the_same_result(emulated, lag, resident):
+    """Also with a single block at a time, which may never wait for another one."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(260, 260, 40, 16), (130, 130, 200, 5), (700, 700, 24, 9)]
+    layers = make_layers(shapes, torch.bfloat16, torch.bfloat16, None, generator)
+    expected = run(emulated, layers, 4096, 125, 8)
+    found = check(emulated, layers, 4096, lag, resident)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_more_layers_than_one_upload(emulated):
+    generator = torch.Generator().manual_seed(6)
+    shapes = [(16, 16, 16, 1 + i % 3) for i in range(301)]
+    check(emulated, make_layers(shapes, torch.bfloat16, torch.bfloat16, None, generator))
 
 
 def test_unaligned_rows(emulated):
@@ -103,7 +130,7 @@ def test_unaligned_rows(emulated):
         torch.nn.functional.pad(Q, (shift, 2))[:, shift : shift + 37]
         for Q, shift in zip(bases, (1, 8), strict=True)
     ]
-    check(emulated, (blocks, bases, bases), TWO_PASS)
+    check(emulated, (blocks, bases, bases))
 
 
 @pytest.mark.slow
@@ -116,7 +143,7 @@ def test_compiles(architecture, tmp_path):
         '#include "project_launch.cuh"\n'
         "using namespace lorax::projection;\n"
         "cudaError_t run(const std::vector<Layer>& x, Dtype d, const Allocate& a) {\n"
-        "  return launch_project(x, d, d, d, Method::kAuto, a, nullptr);\n"
+        "  return launch_project(x, d, d, d, a, nullptr);\n"
         "}\n"
     )
     target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"

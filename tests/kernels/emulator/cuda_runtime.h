@@ -14,6 +14,8 @@
 #include <functional>
 #include <memory>
 #include <stdexcept>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -32,6 +34,9 @@ struct uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -43,6 +48,7 @@ inline float __uint_as_float(unsigned bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
+
 template <typename T>
 T __ldcg(const T* p) {
   return *p;
@@ -80,6 +86,9 @@ struct Fiber {
   bool is_done = false;
   std::function<bool()> is_ready = [] { return true; };
 };
+
+// Blocks that run at once; a correct launch ends with any number of them.
+inline int resident = 8;
 
 inline ucontext_t scheduler;
 inline Fiber* current;
@@ -176,24 +185,23 @@ inline char* shared() {
 
 #define threadIdx (emulator::current->index)
 #define blockIdx (emulator::current->block->index)
+#define blockDim (dim3(emulator::current->block->threads))
 inline void __syncthreads() { emulator::barrier(); }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorNotSupported };
-enum cudaDeviceAttr {
-  cudaDevAttrMultiProcessorCount,
-  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorMemoryAllocation,
+  cudaErrorLaunchOutOfResources,
 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
-// A small Hopper: four processors, two blocks on each.
+// A small device: four processors, two blocks on each.
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount                ? 4
-           : attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? 228 * 1024
-                                                                      : 227 * 1024;
-  return cudaSuccess;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = 4, cudaSuccess;
 }
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, int, int) {
@@ -203,13 +211,13 @@ template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
   return *blocks = 2, cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
-  return std::memset(p, value, bytes), cudaSuccess;
-}
-template <typename Argument>
-cudaError_t cudaLaunchKernel(void (*kernel)(Argument), dim3 blocks, dim3 threads, void** arguments,
-                             size_t shared_bytes, cudaStream_t) {
-  Argument& argument = *static_cast<Argument*>(arguments[0]);
-  emulator::run(blocks.x, threads.x, shared_bytes, 8, [&] { kernel(argument); });
+template <typename... Arguments>
+cudaError_t cudaLaunchKernel(void (*kernel)(Arguments...), dim3 blocks, dim3 threads,
+                             void** arguments, size_t shared_bytes, cudaStream_t) {
+  const auto call = [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
+    kernel(*static_cast<std::remove_cvref_t<Arguments>*>(arguments[kIndex])...);
+  };
+  emulator::run(blocks.x, threads.x, shared_bytes, emulator::resident,
+                [&] { call(std::index_sequence_for<Arguments...>()); });
   return cudaSuccess;
 }

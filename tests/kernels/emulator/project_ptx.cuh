@@ -66,12 +66,10 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
   for (int i = 0; i < 4; ++i) c[i] = __uint_as_float(uint32_t(out[i]));
 }
 
-inline uint4 load_streaming(const void* source) {
-  if (reinterpret_cast<uint64_t>(source) % 16) throw std::runtime_error("unaligned 16-byte load");
-  return *static_cast<const uint4*>(source);
-}
+inline uint64_t keep_policy() { return 0; }
+inline uint64_t drop_policy() { return 0; }
 
-inline void copy_async(void* shared, const void* source, int bytes) {
+inline void copy_async(void* shared, const void* source, int bytes, uint64_t) {
   if (reinterpret_cast<uint64_t>(source) % 16) throw std::runtime_error("unaligned 16-byte copy");
   std::memset(shared, 0, 16);
   std::memcpy(shared, source, bytes);
@@ -80,7 +78,7 @@ inline void commit_copies() {}
 template <int kPending>
 void wait_copies() {}
 
-inline void signal(int* counter) { ++*counter; }
+inline int arrive(int* counter) { return (*counter)++; }
 inline void wait_until(const int* counter, int count) {
   if (*counter < count) emulator::pause_until([=] { return *counter >= count; });
 }
