@@ -20,6 +20,7 @@ _SINGLE_SCALING = (0, 21)
 _FIRST_RANK = 64
 
 
+@torch.no_grad()
 def _merge(
     options: Options,
     original: Callable[..., Any],
@@ -205,6 +206,7 @@ def _share(matrix: torch.Tensor, energy: float, options: Options) -> SVD:
     return svd.truncate(min(int((kept < energy * total).sum()) + 1, svd.rank))
 
 
+@torch.no_grad()
 def _decompose(
     options: Options, original: Callable[..., Any], weight: torch.Tensor, reduced_rank: int = 32
 ) -> dict[str, Any]:
