@@ -31,6 +31,7 @@ from .totals import total
 Progress = Callable[[str, int, int], None]
 
 CACHE_VARIABLE = "LORAX_TRANSFER_CACHE"
+_GPU_BYTES = 2 << 30
 _log = logging.getLogger("lorax_transfer")
 
 
@@ -65,14 +66,15 @@ class Run:
         device = pick_device(self.settings.device)
         probe_backend(device, self.settings.backend)
         cache = self.cache or os.environ.get(CACHE_VARIABLE) or None
+        # A GPU has room to batch wider; in main memory the promise is a few weights at a time.
+        room = BATCH_BYTES if device.type == "cpu" else _GPU_BYTES
         bases = BasisMaker(
             tol=TOLERANCE,
             backend=self.settings.backend,
-            # A GPU has room to batch wider; in main memory the promise is a few weights at a time.
-            workspace=BATCH_BYTES if device.type == "cpu" else 16 * BATCH_BYTES,
+            workspace=room,
             cache=None if cache is None else Path(cache),
         )
-        engine = Engine(self.source, self.target, self.settings, device, bases)
+        engine = Engine(self.source, self.target, self.settings, device, bases, room)
         count, done = len(self.plan.layers), 0
 
         def step(layers: int) -> None:

@@ -14,7 +14,7 @@ from .adapters import Adapter, LoraLayer
 from .bases import Basis, BasisMaker
 from .checkpoints import Checkpoint
 from .errors import CheckpointError
-from .plan import LayerPlan, Plan
+from .plan import BATCH_BYTES, LayerPlan, Plan
 from .report import BasisFacts, LayerReport, Outcome, Similarity
 from .settings import METHODS, Settings
 
@@ -44,6 +44,7 @@ class Engine:
         settings: the options.
         device: where to compute.
         bases: what makes the bases.
+        batch_bytes: weights to work on at a time.
     """
 
     source: Checkpoint
@@ -51,6 +52,7 @@ class Engine:
     settings: Settings
     device: torch.device
     bases: BasisMaker
+    batch_bytes: int = BATCH_BYTES
 
     def run(
         self, adapter: Adapter, plan: Plan, step: Callable[[int], None] = lambda count: None
@@ -69,7 +71,7 @@ class Engine:
             CheckpointError: a weight cannot be read, or holds NaN or Inf.
         """
         results: dict[str, Result] = {}
-        for batch in plan.batches():
+        for batch in plan.batches(self.batch_bytes):
             layers = [adapter.layers[planned.module] for planned in batch]
             done = self._run_batch(batch, layers)
             results.update({planned.module: r for planned, r in zip(batch, done, strict=True)})

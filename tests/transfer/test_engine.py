@@ -9,7 +9,6 @@ from pairs import as_matrix, make_pair, updates
 
 import lorax_kernels as lk
 import lorax_transfer
-from lorax_transfer import plan
 from lorax_transfer.checkpoints import open_checkpoint
 from lorax_transfer.engine import _drift
 from lorax_transfer.errors import TransferError
@@ -26,7 +25,7 @@ def pair(tmp_path):
 
 def test_batches_change_nothing(pair, monkeypatch):
     whole = lorax_transfer.scan(pair.adapter, pair.source, pair.target, rank=8)
-    monkeypatch.setattr(plan.Plan.batches, "__defaults__", (1,))
+    monkeypatch.setattr("lorax_transfer._run.BATCH_BYTES", 1)
     alone = lorax_transfer.scan(pair.adapter, pair.source, pair.target, rank=8)
     for a, b in zip(whole.layers, alone.layers, strict=True):
         assert a.module == b.module
@@ -55,7 +54,7 @@ def test_similarity_is_that_of_the_equations(pair):
 
 def test_only_a_few_weights_are_held_at_a_time(tmp_path, pair, monkeypatch):
     """Every weight of a batch is gone before the next batch is read."""
-    monkeypatch.setattr(plan.Plan.batches, "__defaults__", (1,))
+    monkeypatch.setattr("lorax_transfer._run.BATCH_BYTES", 1)
     import weakref
 
     from lorax_transfer.checkpoints._safetensors import SafetensorsCheckpoint

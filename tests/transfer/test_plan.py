@@ -166,8 +166,8 @@ class TestBatches:
         many = plan({f"a.{i}": (4096, 4096) for i in range(32)}).memory_bytes
         larger = plan({"a.0": (16384, 4096)}).memory_bytes
         factors = 31 * 2 * 4 * 2 * 2 * 4096
-        # A batch holds two layers of 2 x 64 MiB within its 256 MiB.
-        assert many - one - factors <= (128 << 20) + 2 * 4 * 320 * 4 * 4096
+        # A batch holds one layer of 2 x 64 MiB within its 128 MiB.
+        assert many - one == factors
         assert larger > one + (300 << 20)
 
 
