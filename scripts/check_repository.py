@@ -33,6 +33,7 @@ SOURCES = (".py", ".cu", ".cuh", ".cpp", ".h")
 
 
 def tracked() -> list[str]:
+    """Files of the repository that are there."""
     listing = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -40,6 +41,7 @@ def tracked() -> list[str]:
 
 
 def problems(name: str) -> list[str]:
+    """What is wrong with one file."""
     path = ROOT / name
     found = []
     # Trained adapters and measured results are data; code and prose are not that large.
@@ -60,6 +62,7 @@ def problems(name: str) -> list[str]:
 
 
 def main() -> int:
+    """Prints every problem; 1 if there is one."""
     found = [problem for name in tracked() for problem in problems(name)]
     changelog = (ROOT / "CHANGELOG.md").read_text()
     if "## [Unreleased]" not in changelog:
