@@ -22,6 +22,10 @@ namespace {
 // The float64 copy of the block is made a few matrices at a time, in scratch of about this size.
 constexpr int64_t kScratchBytes = int64_t{512} << 20;
 
+// Rows of G that one product computes where G is wide: at 4096 columns 37 % less to multiply, in
+// products still large enough to run at full speed.
+constexpr int64_t kStrip = 1024;
+
 void gram_float64(const at::Tensor& X, at::Tensor& G) {
   const int64_t batch = X.size(0), rows = X.size(1), columns = X.size(2);
   const int64_t step = std::clamp<int64_t>(kScratchBytes / (rows * columns * 8), 1, batch);
@@ -40,10 +44,16 @@ void gram_float64(const at::Tensor& X, at::Tensor& G) {
 void gram_exact_factors(const at::Tensor& X, at::Tensor& G) {
   const int64_t batch = X.size(0), rows = X.size(1), columns = X.size(2);
   const at::Tensor kept = X.contiguous();
-  const void* data = kept.const_data_ptr();
-  multiply(X.scalar_type(), batch, columns, columns, rows, 1.0,
-           {data, columns, rows * columns, true}, {data, columns, rows * columns}, 0.0,
-           G.mutable_data_ptr(), columns, columns * columns);
+  const auto* data = static_cast<const uint16_t*>(kept.const_data_ptr());
+  // Block rows from the diagonal on: the half below is mirrored, not computed.
+  const int64_t strip = columns < 2 * kStrip ? columns : kStrip;
+  for (int64_t start = 0; start < columns; start += strip) {
+    const int64_t some = std::min(strip, columns - start);
+    multiply(X.scalar_type(), batch, some, columns - start, rows, 1.0,
+             {data + start, columns, rows * columns, true}, {data + start, columns, rows * columns},
+             0.0, G.mutable_data_ptr<float>() + start * columns + start, columns,
+             columns * columns);
+  }
   C10_CUDA_CHECK(launch_mirror(G.mutable_data_ptr<float>(), batch, columns,
                                c10::cuda::getCurrentCUDAStream()));
 }
@@ -51,7 +61,7 @@ void gram_exact_factors(const at::Tensor& X, at::Tensor& G) {
 void gram_pieces(const at::Tensor& X, at::Tensor& G) {
   const at::Tensor kept = X.contiguous();
   const ColumnScales scales = column_scales(kept, 0.f);
-  const at::Tensor T = piece_products(side_by_side_pieces(kept, scales.scale, 0));
+  const at::Tensor T = piece_products(column_pieces(kept, scales.scale, 0));
   C10_CUDA_CHECK(launch_combine(T.const_data_ptr<float>(), scales.scale.const_data_ptr<float>(),
                                 scales.square.const_data_ptr<float>(), G.mutable_data_ptr<float>(),
                                 nullptr, X.size(0), X.size(2), X.size(2),

@@ -2,10 +2,11 @@
 // Batched products through cuBLAS, and blocks as float16 pieces.
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include "checks.h"
-#include "kernels/split.cuh"
+#include "kernels/columns.cuh"
 #include "products.h"
 
 namespace lorax {
@@ -32,6 +33,62 @@ void multiply(at::ScalarType type, int64_t batch, int64_t rows, int64_t columns,
       C_row_stride, C_batch_stride, batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
+const uint32_t* scale_bits(const at::Tensor& largest) {
+  return largest.defined() ? reinterpret_cast<const uint32_t*>(largest.const_data_ptr<int32_t>())
+                           : nullptr;
+}
+
+Operand Pieces::piece(int index) const {
+  const auto* start = static_cast<const uint16_t*>(data.const_data_ptr()) + index * padded();
+  return {start, count() * padded(), rows() * count() * padded()};
+}
+
+namespace {
+
+// X times 2^11 as float16 pieces at `to`; returns what block_scale takes.
+at::Tensor split_halves(const at::Tensor& X, __half* to, int count, PieceLayout layout) {
+  const int64_t batch = X.size(0), rows = X.size(1), columns = X.size(2);
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const float* x = X.const_data_ptr<float>();
+  at::Tensor largest = at::zeros({batch}, X.options().dtype(at::kInt));
+  auto* bits = reinterpret_cast<uint32_t*>(largest.mutable_data_ptr<int32_t>());
+  C10_CUDA_CHECK((launch_split<__half, Scaling::kBlock>(x, nullptr, bits, to, count, batch, rows,
+                                                        columns, layout, 0, stream)));
+  C10_CUDA_CHECK((launch_split<__half, Scaling::kAgain>(x, nullptr, bits, to, count, batch, rows,
+                                                        columns, layout, 0, stream)));
+  return largest;
+}
+
+}  // namespace
+
+Pieces block_pieces(const at::Tensor& X, int count, at::ScalarType type) {
+  const int64_t batch = X.size(0), rows = X.size(1), columns = X.size(2);
+  const int64_t padded = padded_columns(columns);
+  const PieceLayout layout{count * padded, padded, rows * count * padded};
+  Pieces pieces{at::empty({batch, rows, count, padded}, X.options().dtype(type)), at::Tensor()};
+  if (type == at::kHalf) {
+    auto* to = reinterpret_cast<__half*>(pieces.data.mutable_data_ptr<at::Half>());
+    pieces.largest = split_halves(X, to, count, layout);
+  } else {
+    auto* to = reinterpret_cast<__nv_bfloat16*>(pieces.data.mutable_data_ptr<at::BFloat16>());
+    C10_CUDA_CHECK((launch_split<__nv_bfloat16, Scaling::kNone>(
+        X.const_data_ptr<float>(), nullptr, nullptr, to, count, batch, rows, columns, layout, 0,
+        c10::cuda::getCurrentCUDAStream())));
+  }
+  return pieces;
+}
+
+Stack stacked_pieces(const at::Tensor& R) {
+  const int64_t batch = R.size(0), rows = R.size(1);
+  const int64_t depth = padded_columns(rows), padded = padded_columns(R.size(2));
+  Stack stack{at::empty({batch, 2, depth, padded}, R.options().dtype(at::kHalf)), at::Tensor()};
+  if (depth != rows) stack.data.zero_();
+  auto* to = reinterpret_cast<__half*>(stack.data.mutable_data_ptr<at::Half>());
+  stack.largest =
+      split_halves(R, to + depth * padded, 2, {padded, -depth * padded, 2 * depth * padded});
+  return stack;
+}
+
 ColumnScales column_scales(const at::Tensor& X, float dead) {
   const int64_t batch = X.size(0), rows = X.size(1), columns = X.size(2);
   const auto options = X.options();
@@ -45,33 +102,33 @@ ColumnScales column_scales(const at::Tensor& X, float dead) {
   return result;
 }
 
-at::Tensor side_by_side_pieces(const at::Tensor& X, const at::Tensor& scale, uint32_t seed) {
+Pieces column_pieces(const at::Tensor& X, const at::Tensor& scale, uint32_t seed) {
   const int64_t batch = X.size(0), rows = X.size(1), columns = X.size(2);
   const int64_t padded = padded_columns(columns);
-  at::Tensor pieces = at::empty({batch, rows, 2, padded}, X.options().dtype(at::kHalf));
-  C10_CUDA_CHECK((launch_split<__half, true>(
-      X.const_data_ptr<float>(), scale.const_data_ptr<float>(),
-      reinterpret_cast<__half*>(pieces.mutable_data_ptr<at::Half>()), 2, batch, rows, columns,
-      2 * padded, padded, rows * 2 * padded, seed, c10::cuda::getCurrentCUDAStream())));
+  Pieces pieces{at::empty({batch, rows, 2, padded}, X.options().dtype(at::kHalf)), at::Tensor()};
+  C10_CUDA_CHECK((launch_split<__half, Scaling::kColumns>(
+      X.const_data_ptr<float>(), scale.const_data_ptr<float>(), nullptr,
+      reinterpret_cast<__half*>(pieces.data.mutable_data_ptr<at::Half>()), 2, batch, rows, columns,
+      {2 * padded, padded, rows * 2 * padded}, seed, c10::cuda::getCurrentCUDAStream())));
   return pieces;
 }
 
-at::Tensor piece_products(const at::Tensor& pieces) {
-  const int64_t batch = pieces.size(0), rows = pieces.size(1), padded = pieces.size(3);
-  at::Tensor T = at::empty({batch, padded, 2 * padded}, pieces.options().dtype(at::kFloat));
-  const void* data = pieces.const_data_ptr();
-  multiply(at::kHalf, batch, padded, 2 * padded, rows, 1.0,
-           {data, 2 * padded, rows * 2 * padded, true}, {data, 2 * padded, rows * 2 * padded}, 0.0,
+at::Tensor piece_products(const Pieces& pieces) {
+  const int64_t batch = pieces.data.size(0), padded = pieces.padded();
+  at::Tensor T = at::empty({batch, padded, 2 * padded}, pieces.data.options().dtype(at::kFloat));
+  Operand left = pieces.piece(0);
+  left.transposed = true;
+  multiply(at::kHalf, batch, padded, 2 * padded, pieces.rows(), 1.0, left, pieces.piece(0), 0.0,
            T.mutable_data_ptr(), 2 * padded, padded * 2 * padded);
   return T;
 }
 
-void multiply_pieces(const at::Tensor& pieces, const at::Tensor& stack, double alpha, double beta,
+void multiply_pieces(const Pieces& pieces, const at::Tensor& stack, double alpha, double beta,
                      at::Tensor& C) {
-  const int64_t batch = pieces.size(0), rows = pieces.size(1), inner = pieces.size(3);
+  const int64_t batch = pieces.data.size(0), rows = pieces.rows(), inner = pieces.padded();
   const int64_t padded = stack.size(3), columns = C.size(2);
   const auto* R = stack.const_data_ptr<at::Half>();
-  const Operand left{pieces.const_data_ptr(), 2 * inner, rows * 2 * inner};
+  const Operand left = pieces.piece(0);
   // [P_0 | P_1] [R_1; R_0] is both small products in one; then the large one on top of them.
   multiply(at::kHalf, batch, rows, columns, 2 * inner, alpha, left, {R, padded, 2 * inner * padded},
            beta, C.mutable_data_ptr(), columns, rows * columns);

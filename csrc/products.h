@@ -24,7 +24,35 @@ void multiply(at::ScalarType type, int64_t batch, int64_t rows, int64_t columns,
               double alpha, Operand A, Operand B, double beta, void* C, int64_t C_row_stride,
               int64_t C_batch_stride);
 
-// Power-of-two scales of the columns of a block and their exact squared norms; see split.cuh.
+// The bits in `largest` as kernels take them; null where it is undefined.
+const uint32_t* scale_bits(const at::Tensor& largest);
+
+// A block as 16-bit pieces side by side, each padded to a multiple of 8 columns.
+struct Pieces {
+  at::Tensor data;     // (b, n, count, padded l)
+  at::Tensor largest;  // (b,) of float16 pieces: what block_scale takes; else undefined
+
+  int64_t rows() const { return data.size(1); }
+  int count() const { return static_cast<int>(data.size(2)); }
+  int64_t padded() const { return data.size(3); }
+  const uint32_t* scales() const { return scale_bits(largest); }
+
+  // One piece; a product that takes `padded` columns more takes the next piece too.
+  Operand piece(int index) const;
+};
+
+// X (b, n, l) float32 as `count` pieces in bfloat16, or in float16 times 2^11.
+Pieces block_pieces(const at::Tensor& X, int count, at::ScalarType type);
+
+// A small factor (b, l, k) as two float16 pieces times 2^11, the second on top: [R_1; R_0].
+struct Stack {
+  at::Tensor data;     // (b, 2, padded l, padded k)
+  at::Tensor largest;  // (b,) what block_scale takes
+};
+
+Stack stacked_pieces(const at::Tensor& R);
+
+// Power-of-two scales of the columns of a block and their exact squared norms; see columns.cuh.
 struct ColumnScales {
   at::Tensor scale;   // (b, l) float32
   at::Tensor square;  // (b, l) float32
@@ -32,15 +60,15 @@ struct ColumnScales {
 
 ColumnScales column_scales(const at::Tensor& X, float dead);
 
-// X (b, n, l) times its scales as two float16 pieces side by side: (b, n, 2, padded l).
-at::Tensor side_by_side_pieces(const at::Tensor& X, const at::Tensor& scale, uint32_t seed);
+// X (b, n, l) float32 times its scales as two float16 pieces; columns of scale 0 become noise.
+Pieces column_pieces(const at::Tensor& X, const at::Tensor& scale, uint32_t seed);
 
-// [P_0^T P_0 | P_0^T P_1] of side-by-side pieces, unscaled: (b, padded l, 2 padded l) float32.
-at::Tensor piece_products(const at::Tensor& pieces);
+// [P_0^T P_0 | P_0^T P_1] of two pieces, unscaled: (b, padded l, 2 padded l) float32.
+at::Tensor piece_products(const Pieces& pieces);
 
 // C (b, n, k) = alpha (P_0 + P_1)(R_0 + R_1) + beta C without the product of the second pieces,
-// from side-by-side pieces (b, n, 2, padded l) and a stack [R_1; R_0] (b, 2, padded l, padded k).
-void multiply_pieces(const at::Tensor& pieces, const at::Tensor& stack, double alpha, double beta,
+// from two pieces and a stack [R_1; R_0] (b, 2, padded l, padded k).
+void multiply_pieces(const Pieces& pieces, const at::Tensor& stack, double alpha, double beta,
                      at::Tensor& C);
 
 }  // namespace lorax

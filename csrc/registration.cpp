@@ -10,5 +10,6 @@ TORCH_LIBRARY_IMPL(lorax_kernels, CUDA, m) {
   m.impl("orthonormalize", TORCH_FN(lorax::orthonormalize));
   m.impl("symmetric_eigh", TORCH_FN(lorax::symmetric_eigh));
   m.impl("rotate", TORCH_FN(lorax::rotate));
+  m.impl("shift", TORCH_FN(lorax::shift));
   m.impl("project", TORCH_FN(lorax::project));
 }

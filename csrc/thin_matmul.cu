@@ -2,18 +2,19 @@
 // W X and W^T X for a batch of weights and thin float32 blocks: blocks as 16-bit pieces, products
 // on tensor cores through cuBLAS with float32 sums.
 //
-// bfloat16 weights are exact, so `pieces` products do. float16 weights are exact too, but their
-// pieces need column scales, undone at the end. float32 weights are split as well, and the products
-// of pieces whose orders sum to less than `pieces` are kept.
+// 16-bit weights are exact, so `pieces` products do, with pieces in the weights' own dtype. float32
+// weights are split as well, and the products of pieces whose orders sum to less than `pieces` are
+// kept.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "checks.h"
-#include "kernels/split.cuh"
+#include "kernels/merge.cuh"
 #include "products.h"
 
 namespace lorax {
@@ -39,51 +40,29 @@ Weights as_operand(const at::Tensor& W, bool transpose) {
   return {kept, {kept.const_data_ptr(), kept.stride(1), kept.stride(0), transpose}};
 }
 
-struct Pieces {
-  at::Tensor data;  // (b, n, count, padded l)
-  int64_t padded;
-  int64_t rows;
-
-  Operand at(int64_t piece) const {
-    const auto* start = static_cast<const uint16_t*>(data.const_data_ptr()) + piece * padded;
-    return {start, data.size(2) * padded, rows * data.size(2) * padded};
-  }
-};
-
-template <typename Piece, bool kScaled>
-Pieces split(const at::Tensor& X, const float* scale, int count, at::ScalarType type) {
-  const int64_t batch = X.size(0), rows = X.size(1), padded = padded_columns(X.size(2));
-  at::Tensor data = at::empty({batch, rows, count, padded}, X.options().dtype(type));
-  C10_CUDA_CHECK((launch_split<Piece, kScaled>(
-      X.const_data_ptr<float>(), scale, static_cast<Piece*>(data.mutable_data_ptr()), count, batch,
-      rows, X.size(2), count * padded, padded, rows * count * padded, 0,
-      c10::cuda::getCurrentCUDAStream())));
-  return {data, padded, rows};
-}
-
-// W times pieces of X in W's own dtype; `scale` null or what X was scaled with.
-void multiply_exact(const at::Tensor& W, const Operand& weights, const Pieces& X,
-                    const float* scale, at::Tensor& C) {
-  const int64_t batch = C.size(0), rows = C.size(1), columns = C.size(2), inner = X.rows;
-  const int count = static_cast<int>(X.data.size(2));
+// W times pieces of X in W's own dtype.
+void multiply_exact(const at::Tensor& W, const Operand& weights, const Pieces& X, at::Tensor& C) {
+  const int64_t batch = C.size(0), rows = C.size(1), columns = C.size(2), inner = X.rows();
+  const int count = X.count();
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  if (count > 1 && count * X.padded <= kSideBySideColumns) {
-    const int64_t wide = count * X.padded;
+  const double alpha = X.scales() == nullptr ? 1.0 : std::ldexp(1.0, -kBlockExponent);
+  if (count > 1 && count * X.padded() <= kSideBySideColumns) {
+    const int64_t wide = count * X.padded();
     const at::Tensor T = at::empty({batch, rows, wide}, C.options());
-    multiply(W.scalar_type(), batch, rows, wide, inner, 1.0, weights, X.at(0), 0.0,
+    multiply(W.scalar_type(), batch, rows, wide, inner, alpha, weights, X.piece(0), 0.0,
              T.mutable_data_ptr(), wide, rows * wide);
-    C10_CUDA_CHECK(launch_merge(T.const_data_ptr<float>(), scale, C.mutable_data_ptr<float>(),
-                                count, batch, rows, columns, wide, X.padded, 1.f, stream));
+    C10_CUDA_CHECK(launch_merge(T.const_data_ptr<float>(), X.scales(), C.mutable_data_ptr<float>(),
+                                count, batch, rows, columns, wide, X.padded(), stream));
     return;
   }
   // Small pieces first: the sum then loses less.
   for (int p = count - 1; p >= 0; --p) {
-    multiply(W.scalar_type(), batch, rows, columns, inner, 1.0, weights, X.at(p),
+    multiply(W.scalar_type(), batch, rows, columns, inner, alpha, weights, X.piece(p),
              p == count - 1 ? 0.0 : 1.0, C.mutable_data_ptr(), columns, rows * columns);
   }
-  if (scale != nullptr) {
-    C10_CUDA_CHECK(launch_merge(C.const_data_ptr<float>(), scale, C.mutable_data_ptr<float>(), 1,
-                                batch, rows, columns, columns, 0, 1.f, stream));
+  if (X.scales() != nullptr) {
+    C10_CUDA_CHECK(launch_correct(X.scales(), nullptr, C.mutable_data_ptr<float>(), batch, rows,
+                                  columns, stream));
   }
 }
 
@@ -94,17 +73,16 @@ void multiply_float32(const at::Tensor& W, const at::Tensor& X, bool transpose, 
   const int64_t row_bytes = pieces * padded_columns(W.size(2)) * 2;
   const int64_t step =
       std::clamp<int64_t>(kScratchBytes / std::max<int64_t>(W.size(1) * row_bytes, 1), 1, batch);
-  const Pieces right = split<__nv_bfloat16, false>(X, nullptr, pieces, at::kBFloat16);
+  const Pieces right = block_pieces(X, pieces, at::kBFloat16);
   const int64_t block = right.data.stride(0);
   for (int64_t start = 0; start < batch; start += step) {
     const int64_t some = std::min(step, batch - start);
-    const Pieces left =
-        split<__nv_bfloat16, false>(weights.narrow(0, start, some), nullptr, pieces, at::kBFloat16);
+    const Pieces left = block_pieces(weights.narrow(0, start, some), pieces, at::kBFloat16);
     float* to = C.mutable_data_ptr<float>() + start * rows * columns;
     bool first = true;
     for (int order = pieces - 1; order >= 0; --order) {
       for (int p = 0; p <= order; ++p) {
-        Operand A = left.at(p), B = right.at(order - p);
+        Operand A = left.piece(p), B = right.piece(order - p);
         A.transposed = transpose;
         B.data = static_cast<const uint16_t*>(B.data) + start * block;
         multiply(at::kBFloat16, some, rows, columns, X.size(1), 1.0, A, B, first ? 0.0 : 1.0, to,
@@ -132,15 +110,7 @@ at::Tensor thin_matmul(const at::Tensor& W, const at::Tensor& X, bool transpose,
     return C;
   }
   const Weights weights = as_operand(W, transpose);
-  if (W.scalar_type() == at::kBFloat16) {
-    const Pieces right = split<__nv_bfloat16, false>(block, nullptr, count, at::kBFloat16);
-    multiply_exact(weights.W, weights.operand, right, nullptr, C);
-  } else {
-    const ColumnScales scales = column_scales(block, 0.f);
-    const float* scale = scales.scale.const_data_ptr<float>();
-    const Pieces right = split<__half, true>(block, scale, count, at::kHalf);
-    multiply_exact(weights.W, weights.operand, right, scale, C);
-  }
+  multiply_exact(weights.W, weights.operand, block_pieces(block, count, W.scalar_type()), C);
   return C;
 }
 

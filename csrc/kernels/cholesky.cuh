@@ -1,67 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
 // Batched Cholesky factorisation and inverse of its factor: A = L L^T, M = L^-1. sm_80 and newer.
 //
-// One CTA a matrix, blocks of 64 columns, in float32 on the plain cores. The matrix lives in L2 (it
-// is 1 MB at 512 columns); what one step needs of it lives in shared memory. The inverse is built
-// in place by the same updates as the factorisation: eliminating block column k turns the trailing
-// matrix into its Schur complement and, in the columns already eliminated, the identity into L^-1.
+// Blocks of 64 columns, in float32 on the plain cores. The inverse is built in place by the same
+// updates as the factorisation: eliminating block column k turns the trailing matrix into its Schur
+// complement and, in the columns already eliminated, the identity into L^-1. A step is three
+// launches (diagonal block, its row and column, the rest): one CTA a matrix would leave most of the
+// device idle at 16 matrices, and took 0.8 ms at 512 columns.
 #pragma once
 
 #include "symmetric.cuh"
+#include "tile.cuh"
 
 namespace lorax {
 
-constexpr int kFactorThreads = 512;  // two groups, a tile each
-constexpr int kGroupThreads = kFactorThreads / 2;
-constexpr int kTileElements = kFactorTile * kFactorTile;
-constexpr int kHalf = kFactorTile / 2;        // what one warp factors in registers
-constexpr int kWorkStride = kFactorTile + 1;  // odd: a warp reads a column without conflicts
+constexpr int kFactorThreads = 512;
+constexpr int kHalf = kTile / 2;        // what one warp factors in registers
+constexpr int kWorkStride = kTile + 1;  // odd: a warp reads a column without conflicts
 
-// Shared memory, for a matrix of t tiles a side:
-//   slots  t tiles: block row or column of each other block, as the updates want it
-//   MT     1 tile:  transposed inverse of the diagonal block
-//   work   64 x 65: the diagonal block while it is factored
-//   spare  32 x 32: a product inside it
-constexpr int64_t factor_shared_bytes(int64_t extent) {
-  return static_cast<int64_t>(sizeof(float)) *
-         ((extent / kFactorTile + 1) * kTileElements + kFactorTile * kWorkStride + kHalf * kHalf);
-}
+// Shared memory of factor_kernel: M and MT, the block while it is factored, a product inside it.
+constexpr int kFactorBytes =
+    static_cast<int>(sizeof(float)) * (2 * kTileElements + kTile * kWorkStride + kHalf * kHalf);
 
-// One element of four rows by four columns: where a thread of a group stands in a tile. A warp
-// covers 16 rows by 32 columns, so that each of its float4 reads is one shared-memory wavefront.
-struct TilePlace {
-  int row, column;
-  __device__ explicit TilePlace(int thread) {
-    const int warp = thread / 32, lane = thread % 32;
-    row = warp / 2 * 16 + lane / 8 * 4;
-    column = warp % 2 * 32 + lane % 8 * 4;
-  }
-};
-
-// sum[r][c] = sum over p of left[p][row + r] * right[p][column + c], tiles in shared memory.
-__device__ inline void tile_product(const float* left, const float* right, TilePlace at,
-                                    float (&sum)[4][4]) {
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) sum[r][c] = 0.f;
-  }
-#pragma unroll 8
-  for (int p = 0; p < kFactorTile; ++p) {
-    const float4 a = *reinterpret_cast<const float4*>(left + p * kFactorTile + at.row);
-    const float4 b = *reinterpret_cast<const float4*>(right + p * kFactorTile + at.column);
-    const float x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) sum[r][c] = fmaf(x[r], y[c], sum[r][c]);
-    }
-  }
-}
-
-__device__ inline void group_barrier(int group) {
-  asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kGroupThreads) : "memory");
-}
+// What a step hands from launch to launch, for each matrix of t tiles a side.
+//   slots  t tiles: block row or column of each other block, as the updates want it; M_kk for k
+//   MT     1 tile:  M_kk transposed
+inline int64_t step_elements(int64_t extent) { return (extent / kTile + 1) * kTileElements; }
 
 /// One warp: the 32 x 32 block at `work` becomes its lower factor L; MT gets (L^-1)^T.
 ///
@@ -97,7 +60,7 @@ __device__ inline void factor_half(float* work, float* MT, float floor) {
 #pragma unroll
     for (int p = 0; p < i; ++p) sum -= work[i * kWorkStride + p] * x[p];
     x[i] = sum * __shfl_sync(0xffffffffu, reciprocal, i);
-    MT[lane * kFactorTile + i] = x[i];
+    MT[lane * kTile + i] = x[i];
   }
 }
 
@@ -109,15 +72,15 @@ __device__ inline void factor_tile(float* work, float* M, float* MT, float* spar
   const int i = t / 16, j = t % 16 * 2;  // two of the 32 x 32 elements of a half
   float* lower = work + kHalf * kWorkStride;
   float* corner = lower + kHalf;
-  float* corner_MT = MT + kHalf * kFactorTile + kHalf;
+  float* corner_MT = MT + kHalf * kTile + kHalf;
   if (t < 32) factor_half(work, MT, floor);
   __syncthreads();
   float b[2] = {0.f, 0.f};
 #pragma unroll 8
   for (int p = 0; p < kHalf; ++p) {
     const float x = lower[i * kWorkStride + p];
-    b[0] = fmaf(x, MT[p * kFactorTile + j], b[0]);
-    b[1] = fmaf(x, MT[p * kFactorTile + j + 1], b[1]);
+    b[0] = fmaf(x, MT[p * kTile + j], b[0]);
+    b[1] = fmaf(x, MT[p * kTile + j + 1], b[1]);
   }
   __syncthreads();
   lower[i * kWorkStride + j] = b[0];
@@ -129,8 +92,8 @@ __device__ inline void factor_tile(float* work, float* M, float* MT, float* spar
     const float x = lower[i * kWorkStride + p];
     c[0] = fmaf(x, lower[j * kWorkStride + p], c[0]);
     c[1] = fmaf(x, lower[(j + 1) * kWorkStride + p], c[1]);
-    u[0] = fmaf(x, MT[j * kFactorTile + p], u[0]);
-    u[1] = fmaf(x, MT[(j + 1) * kFactorTile + p], u[1]);
+    u[0] = fmaf(x, MT[j * kTile + p], u[0]);
+    u[1] = fmaf(x, MT[(j + 1) * kTile + p], u[1]);
   }
   corner[i * kWorkStride + j] -= c[0];
   corner[i * kWorkStride + j + 1] -= c[1];
@@ -142,132 +105,205 @@ __device__ inline void factor_tile(float* work, float* M, float* MT, float* spar
   float m[2] = {0.f, 0.f};
 #pragma unroll 8
   for (int p = 0; p < kHalf; ++p) {
-    const float x = corner_MT[p * kFactorTile + i];
+    const float x = corner_MT[p * kTile + i];
     m[0] = fmaf(x, spare[p * kHalf + j], m[0]);
     m[1] = fmaf(x, spare[p * kHalf + j + 1], m[1]);
   }
-  MT[j * kFactorTile + kHalf + i] = -m[0];
-  MT[(j + 1) * kFactorTile + kHalf + i] = -m[1];
-  MT[(kHalf + i) * kFactorTile + j] = 0.f;
-  MT[(kHalf + i) * kFactorTile + j + 1] = 0.f;
+  MT[j * kTile + kHalf + i] = -m[0];
+  MT[(j + 1) * kTile + kHalf + i] = -m[1];
+  MT[(kHalf + i) * kTile + j] = 0.f;
+  MT[(kHalf + i) * kTile + j + 1] = 0.f;
   __syncthreads();
   for (int e = t; e < kTileElements; e += kFactorThreads) {
-    M[e] = MT[e % kFactorTile * kFactorTile + e / kFactorTile];
+    M[e] = MT[e % kTile * kTile + e / kTile];
   }
 }
 
-/// A = L L^T, then the lower triangle of A becomes M = L^-1, for a symmetric A with unit diagonal.
+/// M = L_kk^-1 of diagonal block k, in its place; in a slot for the updates; transposed for the
+/// panels.
 ///
-/// Step k, with the blocks already eliminated to the left and the rest below:
-///   M_k = L_kk^-1;  row k of the inverse: T_kj <- M_k T_kj (j < k);  panel: L_ik = A_ik M_k^T (i >
-///   k) A_ij <- A_ij - L_ik L_jk^T (j > k);  T_ik = -L_ik M_k;  T_ij <- T_ij - L_ik T_kj (j < k)
-/// Every product is slot_i^T slot_j of two 64 x 64 tiles in shared memory.
-///
-/// A      (batch, extent, extent) float32, extent a multiple of 64; the upper triangle is not read
-///                                below its diagonal tiles and is left as it was
-/// floor  smallest pivot
-static __global__ void __launch_bounds__(kFactorThreads, 1)
-    cholesky_inverse_kernel(float* __restrict__ A, int64_t extent, float floor) {
+/// A      (batch, extent, extent)      float32
+/// steps  (batch, tiles + 1, 64, 64)   float32
+static __global__ void __launch_bounds__(kFactorThreads)
+    factor_kernel(float* __restrict__ A, float* __restrict__ steps, int64_t extent, int k,
+                  float floor) {
   extern __shared__ float4 shared[];
-  const int tiles = static_cast<int>(extent / kFactorTile);
-  float* slots = reinterpret_cast<float*>(shared);
-  float* MT = slots + tiles * kTileElements;
+  float* M = reinterpret_cast<float*>(shared);
+  float* MT = M + kTileElements;
   float* work = MT + kTileElements;
-  float* spare = work + kFactorTile * kWorkStride;
-  float* a = A + static_cast<int64_t>(blockIdx.x) * extent * extent;
-  const int t = threadIdx.x;
-  const int group = t / kGroupThreads;
-  const TilePlace at(t % kGroupThreads);
-
-  const auto tile = [&](int i, int j) {
-    return a + (static_cast<int64_t>(i) * extent + j) * kFactorTile;
-  };
-  const auto store = [&](float* to, int64_t stride, const float (&v)[4][4]) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      *reinterpret_cast<float4*>(to + (at.row + r) * stride + at.column) =
-          make_float4(v[r][0], v[r][1], v[r][2], v[r][3]);
-    }
-  };
-
-  for (int k = 0; k < tiles; ++k) {
-    for (int e = t; e < kTileElements; e += kFactorThreads) {
-      const int r = e / kFactorTile, c = e % kFactorTile;
-      work[r * kWorkStride + c] = tile(k, k)[r * extent + c];
-    }
-    for (int e = t; e < tiles * kTileElements / 4; e += kFactorThreads) {
-      const int i = e / (kTileElements / 4), within = e % (kTileElements / 4);
-      if (i < k) {
-        const int r = within / (kFactorTile / 4), c = within % (kFactorTile / 4) * 4;
-        *reinterpret_cast<float4*>(slots + i * kTileElements + r * kFactorTile + c) =
-            *reinterpret_cast<const float4*>(tile(k, i) + r * extent + c);
-      } else if (i > k) {
-        // Transposed on the way in: a warp stores 32 consecutive rows, without bank conflicts.
-        const int r = within % kFactorTile, c = within / kFactorTile * 4;
-        const float4 v = *reinterpret_cast<const float4*>(tile(i, k) + r * extent + c);
-        float* to = slots + i * kTileElements + c * kFactorTile + r;
-        to[0] = v.x;
-        to[kFactorTile] = v.y;
-        to[2 * kFactorTile] = v.z;
-        to[3 * kFactorTile] = v.w;
-      }
-    }
-    __syncthreads();
-    factor_tile(work, slots + k * kTileElements, MT, spare, floor);
-    __syncthreads();
-    for (int i = group; i < tiles; i += 2) {
-      if (i == k) continue;
-      float* slot = slots + i * kTileElements;
-      float sum[4][4];
-      tile_product(MT, slot, at, sum);
-      group_barrier(group);
-      store(slot, kFactorTile, sum);
-      if (i < k) store(tile(k, i), extent, sum);
-    }
-    for (int e = t; e < kTileElements / 4; e += kFactorThreads) {
-      const int r = e / (kFactorTile / 4), c = e % (kFactorTile / 4) * 4;
-      *reinterpret_cast<float4*>(tile(k, k) + r * extent + c) =
-          *reinterpret_cast<const float4*>(slots + k * kTileElements + r * kFactorTile + c);
-    }
-    __syncthreads();
-    int turn = 0;
-    for (int i = k + 1; i < tiles; ++i) {
-      for (int j = 0; j <= i; ++j, ++turn) {
-        if (turn % 2 != group) continue;
-        float* target = tile(i, j);
-        float4 old[4];
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          old[r] =
-              j == k ? make_float4(0.f, 0.f, 0.f, 0.f)
-                     : *reinterpret_cast<const float4*>(target + (at.row + r) * extent + at.column);
-        }
-        float sum[4][4];
-        tile_product(slots + i * kTileElements, slots + j * kTileElements, at, sum);
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          sum[r][0] = old[r].x - sum[r][0];
-          sum[r][1] = old[r].y - sum[r][1];
-          sum[r][2] = old[r].z - sum[r][2];
-          sum[r][3] = old[r].w - sum[r][3];
-        }
-        store(target, extent, sum);
-      }
-    }
-    __syncthreads();
+  float* spare = work + kTile * kWorkStride;
+  const int64_t tiles = extent / kTile;
+  float* tile = A + (static_cast<int64_t>(blockIdx.x) * extent + k * kTile) * extent + k * kTile;
+  float* slots = steps + static_cast<int64_t>(blockIdx.x) * (tiles + 1) * kTileElements;
+  for (int e = threadIdx.x; e < kTileElements; e += kFactorThreads) {
+    const int r = e / kTile, c = e % kTile;
+    work[r * kWorkStride + c] = tile[r * extent + c];
+  }
+  __syncthreads();
+  factor_tile(work, M, MT, spare, floor);
+  __syncthreads();
+  for (int e = threadIdx.x; e < kTileElements; e += kFactorThreads) {
+    tile[e / kTile * extent + e % kTile] = M[e];
+    slots[k * kTileElements + e] = M[e];
+    slots[tiles * kTileElements + e] = MT[e];
   }
 }
 
-inline int64_t factor_extent(int64_t columns) { return round_up(columns, kFactorTile); }
+/// Slots of block k: left of the diagonal the rows of the inverse, T_kj <- M_k T_kj; below it the
+/// panel, (L_ik)^T = M_k A_ik^T.
+///
+/// A      (batch, extent, extent)      float32
+/// steps  (batch, tiles + 1, 64, 64)   float32
+static __global__ void __launch_bounds__(kTileThreads)
+    panel_kernel(float* __restrict__ A, float* __restrict__ steps, int64_t extent, int k) {
+  const int i = blockIdx.x, t = threadIdx.x;
+  if (i == k) return;
+  __shared__ float4 shared[2 * kTileElements / 4];
+  float* MT = reinterpret_cast<float*>(shared);
+  float* right = MT + kTileElements;
+  const int64_t tiles = extent / kTile;
+  float* a = A + static_cast<int64_t>(blockIdx.y) * extent * extent;
+  float* slots = steps + static_cast<int64_t>(blockIdx.y) * (tiles + 1) * kTileElements;
+  const float4* from = reinterpret_cast<const float4*>(slots + tiles * kTileElements);
+  float* row_k = a + static_cast<int64_t>(k) * kTile * extent + i * kTile;
+  const float* column_k = a + static_cast<int64_t>(i) * kTile * extent + k * kTile;
+  for (int e = t; e < kTileElements / 4; e += kTileThreads) {
+    shared[e] = from[e];
+    if (i < k) {
+      const int r = e / (kTile / 4), c = e % (kTile / 4) * 4;
+      *reinterpret_cast<float4*>(right + r * kTile + c) =
+          *reinterpret_cast<const float4*>(row_k + r * extent + c);
+    } else {
+      // Transposed on the way in: a warp stores 32 consecutive rows, without bank conflicts.
+      const int r = e % kTile, c = e / kTile * 4;
+      const float4 v = *reinterpret_cast<const float4*>(column_k + r * extent + c);
+      float* to = right + c * kTile + r;
+      to[0] = v.x;
+      to[kTile] = v.y;
+      to[2 * kTile] = v.z;
+      to[3 * kTile] = v.w;
+    }
+  }
+  __syncthreads();
+  const TilePlace at(t);
+  float sum[4][4];
+  tile_product(MT, right, at, sum);
+  store_rows(slots + i * kTileElements, kTile, at, sum);
+  if (i < k) store_rows(row_k, extent, at, sum);
+}
 
-inline cudaError_t launch_cholesky_inverse(float* A, int64_t batch, int64_t extent, float floor,
-                                           cudaStream_t stream) {
-  const int bytes = static_cast<int>(factor_shared_bytes(extent));
+/// What eliminating block k leaves of block (i, j), i > k, j <= i: A_ij - L_ik L_jk^T right of k,
+/// -L_ik M_k in k, T_ij - L_ik T_kj left of it; each is A_ij - slot_i^T slot_j.
+///
+/// A      (batch, extent, extent)      float32
+/// steps  (batch, tiles + 1, 64, 64)   float32
+static __global__ void __launch_bounds__(kTileThreads)
+    update_kernel(float* __restrict__ A, const float* __restrict__ steps, int64_t extent, int k) {
+  const int j = blockIdx.x, i = k + 1 + blockIdx.y, t = threadIdx.x;
+  if (j > i) return;
+  __shared__ float4 shared[2 * kTileElements / 4];
+  const int64_t tiles = extent / kTile;
+  const float* slots = steps + static_cast<int64_t>(blockIdx.z) * (tiles + 1) * kTileElements;
+  const float4* left = reinterpret_cast<const float4*>(slots + i * kTileElements);
+  const float4* right = reinterpret_cast<const float4*>(slots + j * kTileElements);
+  for (int e = t; e < kTileElements / 4; e += kTileThreads) {
+    shared[e] = left[e];
+    shared[kTileElements / 4 + e] = right[e];
+  }
+  const TilePlace at(t);
+  float* target = A + (static_cast<int64_t>(blockIdx.z) * extent + i * kTile) * extent + j * kTile;
+  float4 old[4];
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    old[r] = j == k ? make_float4(0.f, 0.f, 0.f, 0.f)
+                    : *reinterpret_cast<const float4*>(target + (at.row + r) * extent + at.column);
+  }
+  __syncthreads();
+  float sum[4][4];
+  const float* tile = reinterpret_cast<const float*>(shared);
+  tile_product(tile, tile + kTileElements, at, sum);
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    sum[r][0] = old[r].x - sum[r][0];
+    sum[r][1] = old[r].y - sum[r][1];
+    sum[r][2] = old[r].z - sum[r][2];
+    sum[r][3] = old[r].w - sum[r][3];
+  }
+  store_rows(target, extent, at, sum);
+}
+
+inline int64_t factor_extent(int64_t columns) { return round_up(columns, kTile); }
+
+// The lower triangle of each A (batch, extent, extent), symmetric with a unit diagonal, becomes
+// M = L^-1; the upper one is not read above its diagonal tiles. Pivots are at least `floor`.
+// `steps` is scratch of batch * step_elements(extent) floats.
+inline cudaError_t launch_cholesky_inverse(float* A, float* steps, int64_t batch, int64_t extent,
+                                           float floor, cudaStream_t stream) {
   const cudaError_t status = cudaFuncSetAttribute(
-      cholesky_inverse_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      factor_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kFactorBytes);
   if (status != cudaSuccess) return status;
-  cholesky_inverse_kernel<<<static_cast<unsigned>(batch), kFactorThreads, bytes, stream>>>(
-      A, extent, floor);
+  const unsigned tiles = static_cast<unsigned>(extent / kTile);
+  const unsigned count = static_cast<unsigned>(batch);
+  for (unsigned k = 0; k < tiles; ++k) {
+    factor_kernel<<<count, kFactorThreads, kFactorBytes, stream>>>(A, steps, extent, k, floor);
+    if (tiles > 1)
+      panel_kernel<<<dim3(tiles, count), kTileThreads, 0, stream>>>(A, steps, extent, k);
+    if (k + 1 < tiles) {
+      update_kernel<<<dim3(tiles, tiles - k - 1, count), kTileThreads, 0, stream>>>(A, steps,
+                                                                                    extent, k);
+    }
+  }
+  return cudaGetLastError();
+}
+
+constexpr int kMendThreadsX = 32;
+constexpr int kMendThreadsY = 32;
+
+/// Gives columns whose pivot was at the floor unit length, after a pass whose result is final:
+/// rescaled where they have a direction of their own, noise where they have none.
+///
+/// M  (batch, extent, extent) float32, from the factorisation with this floor
+/// Q  (batch, rows, columns)  float32, in place; mostly not touched
+static __global__ void mend_columns_kernel(const float* __restrict__ M, float* __restrict__ Q,
+                                           int64_t rows, int64_t columns, int64_t extent,
+                                           float floor, float dead, uint32_t seed) {
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kMendThreadsX + threadIdx.x;
+  const int64_t batch = blockIdx.y;
+  bool is_short = false;
+  if (column < columns) {
+    const float m = M[batch * extent * extent + column * extent + column];
+    is_short = m * m * floor > 0.999f;
+  }
+  if (!__syncthreads_or(is_short)) return;
+  __shared__ double sums[kMendThreadsY][kMendThreadsX + 1];
+  float* q = Q + batch * rows * columns + column;
+  double sum = 0;
+  if (is_short) {
+    for (int64_t row = threadIdx.y; row < rows; row += kMendThreadsY) {
+      const double x = q[row * columns];
+      sum += x * x;
+    }
+  }
+  sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (!is_short) return;
+  sum = 0;
+  for (int y = 0; y < kMendThreadsY; ++y) sum += sums[y][threadIdx.x];
+  const float length = static_cast<float>(sqrt(sum));
+  const float amplitude = sqrtf(3.f / static_cast<float>(rows));
+  for (int64_t row = threadIdx.y; row < rows; row += kMendThreadsY) {
+    q[row * columns] =
+        length > dead ? q[row * columns] / length : amplitude * position_noise(row, column, seed);
+  }
+}
+
+inline cudaError_t launch_mend_columns(const float* M, float* Q, int64_t batch, int64_t rows,
+                                       int64_t columns, int64_t extent, float floor, float dead,
+                                       uint32_t seed, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(columns, kMendThreadsX)),
+                  static_cast<unsigned>(batch));
+  mend_columns_kernel<<<grid, dim3(kMendThreadsX, kMendThreadsY), 0, stream>>>(
+      M, Q, rows, columns, extent, floor, dead, seed);
   return cudaGetLastError();
 }
 

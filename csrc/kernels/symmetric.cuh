@@ -3,15 +3,12 @@
 // sm_80 and newer; small against the products that they follow (l^2 elements beside n l).
 #pragma once
 
-#include "split.cuh"
+#include "columns.cuh"
 
 namespace lorax {
 
 constexpr int kMirrorTile = 32;
 constexpr int kMirrorRows = 8;
-
-// Blocks of columns that the Cholesky kernel works in; its matrices are padded to whole tiles.
-constexpr int kFactorTile = 64;
 
 // float16 pieces of a triangular inverse: entries up to 2^13 are represented, and everything from
 // 2^-28 on. Entries stay near sqrt(l / pivot floor) < 2^12.

@@ -9,17 +9,6 @@ from .reference import orthonormalize_reference
 _backends.register_reference("orthonormalize", orthonormalize_reference)
 
 
-# Columns whose Cholesky panel fits the shared memory of a CTA: 227 KB on sm_90, 163 KB on sm_80.
-_CUDA_COLUMNS = {9: 704, 8: 512}
-
-
-def _cuda_refuses(X: torch.Tensor, quick: bool) -> str | None:
-    limit = _CUDA_COLUMNS.get(torch.cuda.get_device_capability(X.device)[0], _CUDA_COLUMNS[8])
-    if X.shape[2] > limit:
-        return f"it factors up to {limit} columns on this device, got {X.shape[2]}"
-    return None
-
-
 def _triton(X: torch.Tensor, quick: bool) -> torch.Tensor:
     from .triton_kernel import orthonormalize_triton
 
@@ -31,8 +20,7 @@ _backends.register(
     "orthonormalize",
     _backends.Kernel(
         torch.ops.lorax_kernels.orthonormalize,
-        "up to 704 columns (512 before sm_90); Cholesky QR, three or four passes",
-        _cuda_refuses,
+        "any size; Cholesky QR of float16 pieces, three or four passes, one if quick",
     ),
 )
 _backends.register(
@@ -49,7 +37,8 @@ def orthonormalize(X: torch.Tensor, *, quick: bool = False, backend: str = "auto
         X: `(b, n, l)` with `l <= n`; float32. Columns may differ in scale by any factor and may be
             dependent: the result is orthonormal all the same.
         quick: well-conditioned columns will do, as between two products of an iteration. One pass
-            instead of three or four; columns that depend on others to float32 are still replaced.
+            instead of three or four; columns of which less than about a thousandth is independent
+            of those before them are replaced.
         backend: "auto", "cuda", "triton" or "reference".
 
     Returns:
