@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gram matrices from bfloat16 pieces, each pair of tiles computed once."""
+"""Gram matrices from 16-bit pieces, each pair of tiles computed once."""
 
 import torch
 

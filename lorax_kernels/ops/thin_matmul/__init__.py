@@ -44,9 +44,12 @@ def thin_matmul(
         W: weights `(b, m, n)`, bfloat16, float16 or float32; used in their own dtype, never copied.
         X: blocks `(b, n, l)`, or `(b, m, l)` with `transpose`; float32.
         transpose: multiply by `W^T` instead of `W`.
-        pieces: 1, 2 or 3: accuracy asked of a tensor-core backend, as the number of bfloat16 parts
-            in which `X` (and a float32 `W`) is represented: relative errors of about 2^-9, 2^-17
-            and 2^-24. The reference always multiplies in float32.
+        pieces: 1, 2 or 3: accuracy asked of a tensor-core backend, as the number of 16-bit parts in
+            which `X` (and a float32 `W`) is represented: relative errors of about 2^-9, 2^-17 and
+            2^-24. Beside float16 weights parts are float16: 2^-12, 2^-22 and 2^-22, best where the
+            largest element of each block is between 2^-8 and 16 (others are scaled, at the cost of
+            another pass); elements under 2^-25 then lose bits. The reference always multiplies in
+            float32.
         backend: "auto", "cuda", "triton" or "reference".
 
     Returns:

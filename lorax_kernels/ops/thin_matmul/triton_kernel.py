@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batched products of float32 (or 16-bit) operands as bfloat16 pieces, split in registers."""
+"""Batched products of float32 (or 16-bit) operands as 16-bit pieces, split in registers."""
 
 import os
 
@@ -28,6 +28,7 @@ def split_matmul_kernel(
     A,
     B,
     C,
+    scales,
     rows,
     columns,
     depth,
@@ -39,22 +40,26 @@ def split_matmul_kernel(
     b_column,
     c_batch,
     c_row,
+    PIECE: tl.constexpr,
     A_PIECES: tl.constexpr,
     B_PIECES: tl.constexpr,
     ORDER: tl.constexpr,
+    SCALED: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     UPCAST: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     TILE_DEPTH: tl.constexpr,
 ):
-    """C[b] = A[b] @ B[b], both as sums of bfloat16 pieces split off in registers.
+    """C[b] = A[b] @ B[b], both as sums of pieces of 16 bits split off in registers.
 
     Products of pieces whose indexes sum to less than ORDER are kept, the small ones added first.
+    Tensor cores truncate their sums; with three pieces a step's are added up apart and rounded.
 
-    A  (batch, rows, depth)     any strides; float32, bfloat16 or float16
-    B  (batch, depth, columns)  any strides; the same
-    C  (batch, rows, columns)   float32, contiguous rows
+    A       (batch, rows, depth)     any strides; float32 or PIECE
+    B       (batch, depth, columns)  any strides; the same
+    C       (batch, rows, columns)   float32, contiguous rows
+    scales  (batch,)                 powers of two that bring B into float16's range; if SCALED
     SYMMETRIC: C is known to be symmetric; tiles on and above the diagonal are computed and mirrored
     """
     tile_column = tl.program_id(0)
@@ -68,6 +73,8 @@ def split_matmul_kernel(
     a = A + batch * a_batch + row[:, None].to(tl.int64) * a_row
     b = B + batch * b_batch + column[None, :].to(tl.int64) * b_column
     total = tl.zeros((TILE_ROWS, TILE_COLUMNS), dtype=tl.float32)
+    if SCALED:
+        scale = tl.load(scales + batch)
     for start in range(0, depth, TILE_DEPTH):
         at = (start + step).to(tl.int64)
         left = tl.load(
@@ -78,29 +85,40 @@ def split_matmul_kernel(
             mask=(at[:, None] < depth) & (column[None, :] < columns),
             other=0.0,
         )
-        left_0 = left.to(tl.bfloat16)
-        right_0 = right.to(tl.bfloat16)
+        if SCALED:
+            right *= scale
+        left_0 = left.to(PIECE)
+        right_0 = right.to(PIECE)
         if A_PIECES > 1:
             left_rest = left.to(tl.float32) - left_0.to(tl.float32)
-            left_1 = left_rest.to(tl.bfloat16)
+            left_1 = left_rest.to(PIECE)
         if B_PIECES > 1:
             right_rest = right.to(tl.float32) - right_0.to(tl.float32)
-            right_1 = right_rest.to(tl.bfloat16)
+            right_1 = right_rest.to(PIECE)
         if ORDER > 2:
+            part = tl.zeros((TILE_ROWS, TILE_COLUMNS), dtype=tl.float32)
             if A_PIECES > 2:
-                left_2 = (left_rest - left_1.to(tl.float32)).to(tl.bfloat16)
-                total = _dot(left_2, right_0, total, UPCAST)
+                left_2 = (left_rest - left_1.to(tl.float32)).to(PIECE)
+                part = _dot(left_2, right_0, part, UPCAST)
             if B_PIECES > 2:
-                right_2 = (right_rest - right_1.to(tl.float32)).to(tl.bfloat16)
-                total = _dot(left_0, right_2, total, UPCAST)
+                right_2 = (right_rest - right_1.to(tl.float32)).to(PIECE)
+                part = _dot(left_0, right_2, part, UPCAST)
             if A_PIECES > 1 and B_PIECES > 1:
-                total = _dot(left_1, right_1, total, UPCAST)
+                part = _dot(left_1, right_1, part, UPCAST)
+        else:
+            part = total
         if ORDER > 1:
             if A_PIECES > 1:
-                total = _dot(left_1, right_0, total, UPCAST)
+                part = _dot(left_1, right_0, part, UPCAST)
             if B_PIECES > 1:
-                total = _dot(left_0, right_1, total, UPCAST)
-        total = _dot(left_0, right_0, total, UPCAST)
+                part = _dot(left_0, right_1, part, UPCAST)
+        part = _dot(left_0, right_0, part, UPCAST)
+        if ORDER > 2:
+            total += part
+        else:
+            total = part
+    if SCALED:
+        total /= scale
     c = C + batch * c_batch
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     if SYMMETRIC:
@@ -117,14 +135,23 @@ def split_matmul_kernel(
     tl.store(c + row[:, None].to(tl.int64) * c_row + column[None, :], total, mask=inside)
 
 
+def _scales(B: torch.Tensor) -> torch.Tensor:
+    """Powers of two `(b,)` that bring the largest element of each matrix just under 2^15."""
+    largest = B.abs().amax((1, 2)) if B.shape[1] else B.new_ones(len(B))
+    exponent = 15 - torch.frexp(largest).exponent
+    exponent = torch.where(largest.isfinite(), exponent, 0)
+    # A float32 is its exponent, biased by 127, above 23 bits of mantissa.
+    return (exponent.clamp(-126, 127) + 127 << 23).view(torch.float32)
+
+
 def launch_split_matmul(
     A: torch.Tensor, B: torch.Tensor, order: int, *, symmetric: bool = False
 ) -> torch.Tensor:
     """`A @ B` for batches `(b, m, k)` and `(b, k, n)`, in float32.
 
     Args:
-        A: left operand; bfloat16 counts as one piece, float16 as two, float32 as `order`.
-        B: right operand, the same.
+        A: left operand. 16 bits are one piece; float32 is `order` pieces in bfloat16.
+        B: right operand, the same; beside a float16 `A` its pieces are float16, two at most.
         order: products of pieces with indexes summing to less than this are kept.
         symmetric: the product is a symmetric matrix; makes it so to the last bit.
 
@@ -139,11 +166,14 @@ def launch_split_matmul(
     tile_columns = _TILE_COLUMNS[columns > _TILE_COLUMNS[0]]
     tile_rows = tile_columns if symmetric else _TILE_ROWS
     grid = (triton.cdiv(columns, tile_columns), triton.cdiv(rows, tile_rows), batch)
-    pieces = {torch.bfloat16: 1, torch.float16: min(order, 2), torch.float32: order}
+    halves = A.dtype == torch.float16
+    scaled = halves and B.dtype == torch.float32
+    pieces = {torch.bfloat16: 1, torch.float16: 1, torch.float32: min(order, 2 if halves else 3)}
     split_matmul_kernel[grid](
         A,
         B,
         C,
+        _scales(B) if scaled else C,
         rows,
         columns,
         # The interpreter takes no bound of a loop but a constant.
@@ -152,9 +182,11 @@ def launch_split_matmul(
         *B.stride(),
         C.stride(0),
         C.stride(1),
+        PIECE=tl.float16 if halves else tl.bfloat16,
         A_PIECES=pieces[A.dtype],
         B_PIECES=pieces[B.dtype],
         ORDER=order,
+        SCALED=scaled,
         SYMMETRIC=symmetric,
         UPCAST=_INTERPRETED,
         TILE_ROWS=tile_rows,
