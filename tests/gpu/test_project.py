@@ -62,14 +62,34 @@ def test_one_basis(backend, factor, read, shapes, generator):
     check(make_layers(shapes, DTYPES[factor], DTYPES[read], None, generator, "cuda"), backend)
 
 
-@pytest.mark.parametrize("r", [1, 128, 1024])
-def test_ranks(backend, r, generator):
-    check(
-        make_layers(
-            [(1024, 1024, 320, r)] * 3, torch.bfloat16, torch.bfloat16, None, generator, "cuda"
-        ),
-        backend,
-    )
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("r", [1, 4, 24, 40, 41, 64, 128, 1024])
+def test_ranks(backend, r, dtype, generator):
+    """Both ways that a block can lie; wide ones go to cuBLAS where their rows are aligned."""
+    shapes = [(1024, 1024, 320, r), (520, 520, 136, r)] * 2 + [(1024, 1024, 320, r)]
+    check(make_layers(shapes, DTYPES[dtype], DTYPES[dtype], None, generator, "cuda"), backend)
+
+
+def test_wide_blocks_with_two_bases_and_strides(backend, generator):
+    shapes = [(1024, 264, 160, 64), (256, 1032, 40, 48)] * 2
+    dtype = torch.bfloat16
+    blocks, read, write = make_layers(shapes, dtype, dtype, dtype, generator, "cuda")
+    read[1] = torch.nn.functional.pad(read[1], (8, 16))[:, 8:48]
+    write[2] = torch.nn.functional.pad(write[2], (1, 2))[:, 1:161]
+    check((blocks, read, write), backend)
+
+
+def test_bad_input(backend):
+    """The compiled op checks for itself; messages name the entry."""
+    one = torch.ones(4, 2, device="cuda")
+    with pytest.raises(ValueError, match="entry 1: rows of the block and of its read basis"):
+        project([one, one], [one, torch.ones(5, 2, device="cuda")], backend=backend)
+    with pytest.raises(ValueError, match="entry 0: ranks of the two bases"):
+        project([one], [one], [torch.ones(4, 3, device="cuda")], backend=backend)
+    with pytest.raises(ValueError, match="must be matrices"):
+        project([one[0]], [one], backend=backend)
+    with pytest.raises(ValueError, match="lists of one length, got 1, 2 and 2"):
+        project([one], [one, one], backend=backend)
 
 
 def test_mixed_dtypes_in_one_call(backend, generator):

@@ -20,7 +20,8 @@ interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 @pytest.mark.skipif(not interpreted, reason="needs TRITON_INTERPRET=1 before triton is imported")
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 @pytest.mark.parametrize(
-    ("factor", "basis"), [("bf16", "bf16"), ("fp16", "bf16"), ("fp32", "fp32"), ("fp64", "bf16")]
+    ("factor", "basis"),
+    [("bf16", "bf16"), ("fp16", "bf16"), ("fp32", "fp32"), ("fp32", "bf16"), ("fp64", "bf16")],
 )
 def test_interpreted(factor, basis):
     from lorax_kernels.ops import project
@@ -59,12 +60,20 @@ def test_compiles(capability, is_exact):
     out = "*bf16" if is_exact else "*fp32"
     shared = {"R": 16, "PANEL": 64}
     precision = {"IS_EXACT": is_exact, "OPERAND": tl.bfloat16, "IS_ALIGNED": True}
+    parts = (1, 2) if is_exact else (3, 3)
     tables = {"table": "*i64", "items": "*i32"}
     cases = [
         (
             kernels.project_read_kernel,
             tables | {"partials": "*fp32"},
-            {"BASIS": dtype, "FACTOR": dtype, "CHUNK_ROWS": 1024, "TILE": 64, **precision},
+            {
+                "BASIS": dtype,
+                "FACTOR": dtype,
+                "CHUNK_ROWS": 1024,
+                "TILE": 64,
+                "PARTS": parts[0],
+                **precision,
+            },
         ),
         (
             kernels.project_sum_kernel,
@@ -74,7 +83,7 @@ def test_compiles(capability, is_exact):
         (
             kernels.project_write_kernel,
             tables | {"coordinates": "*fp32", "out": out},
-            {"BASIS": dtype, "PANELS": 5, "TILE": 128, **precision},
+            {"BASIS": dtype, "PANELS": 5, "TILE": 128, "PARTS": parts[1], **precision},
         ),
     ]
     for kernel, arguments, constants in cases:

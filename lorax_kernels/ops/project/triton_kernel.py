@@ -25,20 +25,28 @@ def _field(table, layer, index: tl.constexpr):
 
 
 @triton.jit
-def _dot(left, right, sum, IS_EXACT: tl.constexpr, LEVELS: tl.constexpr, OPERAND: tl.constexpr):
+def _dot(left, right, sum, IS_EXACT: tl.constexpr, PARTS: tl.constexpr, OPERAND: tl.constexpr):
     """`sum + left @ right` on bfloat16 tensor cores.
 
-    With IS_EXACT `left` is bfloat16 already; otherwise it is split in three. `right` is split in
-    LEVELS parts; products below 2^-8 LEVELS are left out.
+    With IS_EXACT `left` is bfloat16 already and `right` is split in PARTS; otherwise both are split
+    in three. Products below the last part's are left out.
     """
     if IS_EXACT:
-        if LEVELS == 1:
-            sum = tl.dot(left.to(OPERAND), right.to(OPERAND), sum)
-        else:
-            right_0 = right.to(tl.bfloat16)
-            right_1 = (right - right_0.to(tl.float32)).to(tl.bfloat16)
-            sum = tl.dot(left.to(OPERAND), right_1.to(OPERAND), sum)
+        right_0 = right.to(tl.bfloat16)
+        if PARTS == 1:
             sum = tl.dot(left.to(OPERAND), right_0.to(OPERAND), sum)
+        else:
+            right_rest = right.to(tl.float32) - right_0.to(tl.float32)
+            right_1 = right_rest.to(tl.bfloat16)
+            if PARTS == 2:
+                sum = tl.dot(left.to(OPERAND), right_1.to(OPERAND), sum)
+                sum = tl.dot(left.to(OPERAND), right_0.to(OPERAND), sum)
+            else:
+                right_2 = (right_rest - right_1.to(tl.float32)).to(tl.bfloat16)
+                # Small terms first. The sum starts at zero, as tensor cores truncate running sums.
+                part = tl.dot(left.to(OPERAND), right_2.to(OPERAND))
+                part = tl.dot(left.to(OPERAND), right_1.to(OPERAND), part)
+                sum += tl.dot(left.to(OPERAND), right_0.to(OPERAND), part)
     else:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
@@ -50,7 +58,6 @@ def _dot(left, right, sum, IS_EXACT: tl.constexpr, LEVELS: tl.constexpr, OPERAND
         right_rest = right - right_0.to(tl.float32)
         right_1 = right_rest.to(tl.bfloat16)
         right_2 = (right_rest - right_1.to(tl.float32)).to(tl.bfloat16)
-        # Small terms first. The sum starts at zero, because tensor cores truncate running sums.
         part = tl.dot(left_0.to(OPERAND), right_2.to(OPERAND))
         part = tl.dot(left_1.to(OPERAND), right_1.to(OPERAND), part)
         part = tl.dot(left_2.to(OPERAND), right_0.to(OPERAND), part)
@@ -72,6 +79,7 @@ def project_read_kernel(
     CHUNK_ROWS: tl.constexpr,
     TILE: tl.constexpr,
     IS_EXACT: tl.constexpr,
+    PARTS: tl.constexpr,
     OPERAND: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
 ):
@@ -109,7 +117,7 @@ def project_read_kernel(
             mask=(rows < end)[:, None] & (ranks < r)[None, :],
             other=0.0,
         )
-        sum = _dot(tl.trans(Q), B, sum, IS_EXACT, 1, OPERAND)
+        sum = _dot(tl.trans(Q), B, sum, IS_EXACT, PARTS, OPERAND)
     target = partials + (_field(table, layer, _PARTIAL) + chunk * tl.cdiv(k, PANEL)) * PANEL * R
     tl.store(target + columns[:, None] * R + ranks[None, :], sum)
 
@@ -154,6 +162,7 @@ def project_write_kernel(
     PANELS: tl.constexpr,  # the most of any layer
     TILE: tl.constexpr,
     IS_EXACT: tl.constexpr,
+    PARTS: tl.constexpr,
     OPERAND: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
 ):
@@ -188,7 +197,7 @@ def project_write_kernel(
             mask=(columns < padded)[:, None] & (ranks < R)[None, :],
             other=0.0,
         )
-        sum = _dot(P, C, sum, IS_EXACT, 2, OPERAND)
+        sum = _dot(P, C, sum, IS_EXACT, PARTS, OPERAND)
     target = out + _field(table, layer, _OUT) + wide[:, None] * r + ranks[None, :]
     mask = (rows < p)[:, None] & (ranks < r)[None, :]
     tl.store(target, sum.to(out.dtype.element_ty), mask=mask)

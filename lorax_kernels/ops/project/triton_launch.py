@@ -2,6 +2,7 @@
 """Tables and launches of the Triton projection kernels."""
 
 import os
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -15,6 +16,9 @@ _CHUNK_ROWS = 1024
 _WRITE_ROWS = 128
 _READ_TILE = 64
 _SUM_TILE = 1024
+# Columns of blocks taken at once; wider blocks are cut, and read a basis once for each piece.
+_WIDEST_RANK = 32
+_WIDE_BATCH = 32  # layers of one shape that are stacked, which copies their bases
 
 # Triton's interpreter multiplies the bit patterns of bfloat16 numbers; the same numbers as float32
 # give it the products that the tensor cores give.
@@ -25,6 +29,7 @@ _TRITON_DTYPES = {
     torch.float16: tl.float16,
     torch.float32: tl.float32,
 }
+_EXACT_PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # bfloat16 parts
 
 
 class _Plan:
@@ -63,43 +68,43 @@ def _plan(layers: tuple[tuple[int, ...], ...], R: int, device: torch.device) -> 
     return _Plan(layers, R, device)
 
 
-def _run_group(
-    blocks: list[torch.Tensor], read: list[torch.Tensor], write: list[torch.Tensor]
-) -> list[torch.Tensor]:
-    """All layers share their dtypes, and the power of two that their rank is padded to."""
-    device, dtype = blocks[0].device, blocks[0].dtype
-    layers = tuple(
-        (
-            *(B.data_ptr(), Q.data_ptr(), P.data_ptr()),
-            *(B.stride(0), B.stride(1), Q.stride(0), P.stride(0)),
-            *(B.shape[0], P.shape[0], Q.shape[1], B.shape[1]),
-        )
-        for B, Q, P in zip(blocks, read, write, strict=True)
-    )
-    R = _padded_rank(blocks[0].shape[1])
-    plan = _plan(layers, R, device)
+@dataclass
+class _Group:
+    """Blocks that one launch takes together: equal dtypes, ranks padded to the same power of two.
+
+    Attributes:
+        rows: of the table on the device, without what the plan adds.
+        places: index in the call and first column of each block.
+        is_aligned: whether rows of all read and of all write bases are multiples of 16 bytes.
+    """
+
+    read: torch.dtype
+    write: torch.dtype
+    factor: torch.dtype
+    R: int
+    rows: list[tuple[int, ...]] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
+    is_aligned: list[bool] = field(default_factory=lambda: [True, True])
+
+
+def _run_group(group: _Group, device: torch.device) -> list[torch.Tensor]:
+    plan = _plan(tuple(group.rows), group.R, device)
     partials = torch.empty(plan.sizes[0], dtype=torch.float32, device=device)
     coordinates = torch.empty(plan.sizes[1], dtype=torch.float32, device=device)
-    out = torch.empty(plan.sizes[2], dtype=dtype, device=device)
-
-    def is_aligned(bases: list[torch.Tensor]) -> bool:
-        return all(x.data_ptr() % 16 == x.stride(0) % 8 == x.shape[1] % 8 == 0 for x in bases)
-
-    def is_exact(bases: list[torch.Tensor]) -> bool:
-        return dtype == bases[0].dtype == torch.bfloat16
-
-    shared = {"R": R, "PANEL": _PANEL}
+    out = torch.empty(plan.sizes[2], dtype=group.factor, device=device)
+    is_full = group.factor == torch.float32
+    shared = {"R": group.R, "PANEL": _PANEL, "OPERAND": _OPERAND}
     project_read_kernel[(len(plan.reads),)](
         plan.table,
         plan.reads,
         partials,
-        BASIS=_TRITON_DTYPES[read[0].dtype],
-        FACTOR=_TRITON_DTYPES[dtype],
+        BASIS=_TRITON_DTYPES[group.read],
+        FACTOR=_TRITON_DTYPES[group.factor],
         CHUNK_ROWS=_CHUNK_ROWS,
         TILE=_READ_TILE,
-        IS_EXACT=is_exact(read),
-        OPERAND=_OPERAND,
-        IS_ALIGNED=is_aligned(read),
+        IS_EXACT=group.read == torch.bfloat16,
+        PARTS=_EXACT_PARTS[group.factor],
+        IS_ALIGNED=group.is_aligned[0],
         num_stages=4,
         **shared,
     )
@@ -108,90 +113,105 @@ def _run_group(
         plan.sums,
         partials,
         coordinates,
+        R=group.R,
+        PANEL=_PANEL,
         CHUNKS=plan.chunks,
         TILE=_SUM_TILE,
-        **shared,
     )
     project_write_kernel[(len(plan.writes),)](
         plan.table,
         plan.writes,
         coordinates,
         out,
-        BASIS=_TRITON_DTYPES[write[0].dtype],
+        BASIS=_TRITON_DTYPES[group.write],
         PANELS=plan.panels,
         TILE=_WRITE_ROWS,
-        IS_EXACT=is_exact(write),
-        OPERAND=_OPERAND,
-        IS_ALIGNED=is_aligned(write),
+        IS_EXACT=group.write == torch.bfloat16,
+        PARTS=3 if is_full else 2,
+        IS_ALIGNED=group.is_aligned[1],
         num_stages=3,
         **shared,
     )
     return [
-        out[start : start + P.shape[0] * B.shape[1]].view(P.shape[0], B.shape[1])
-        for start, B, P in zip(plan.out_starts, blocks, write, strict=True)
+        out.as_strided((row[8], row[10]), (row[10], 1), start)
+        for start, row in zip(plan.out_starts, group.rows, strict=True)
     ]
 
 
-def _padded_rank(r: int) -> int:
-    return max(16, triton.next_power_of_2(r))
-
-
-# Columns of blocks taken at once; wider blocks are cut, and read a basis once for each piece.
-_WIDEST_RANK = 128
+def _project_wide(
+    blocks: list[torch.Tensor],
+    read: list[torch.Tensor],
+    write: list[torch.Tensor],
+    is_same: bool,
+) -> list[torch.Tensor]:
+    """Equal shapes, a few layers at a time, by cuBLAS: arithmetic, where Triton has no edge."""
+    results: list[torch.Tensor] = []
+    for start in range(0, len(blocks), _WIDE_BATCH):
+        B, Q = (torch.stack(x[start : start + _WIDE_BATCH]) for x in (blocks, read))
+        P = Q if is_same else torch.stack(write[start : start + _WIDE_BATCH])
+        results.extend((P @ (Q.mT @ B)).unbind())
+    return results
 
 
 def project_triton(
     blocks: list[torch.Tensor], read: list[torch.Tensor], write: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """`P_i (Q_i^T B_i)` for every `i`, in the block's dtype; results share one allocation."""
+    """`P_i (Q_i^T B_i)` for every `i`, in the block's dtype; results share allocations."""
     results: dict[int, torch.Tensor] = {}
     groups: dict[tuple, _Group] = {}
+    wide: dict[tuple, list[int]] = {}
+    kept = []  # conversions, until the launches are queued
     for i, (B, Q, P) in enumerate(zip(blocks, read, write, strict=True)):
-        r = B.shape[1]
-        if 0 in (*B.shape, *P.shape):
-            results[i] = B.new_zeros(P.shape[0], r)
+        (m, r), (p, k) = B.shape, P.shape
+        if 0 in (m, r, p, k):
+            results[i] = B.new_zeros(p, r)
             continue
-        if r > _WIDEST_RANK:
-            results[i] = B.new_empty(P.shape[0], r)
-        Q, P = _readable(Q), _readable(P)
+        if r > _WIDEST_RANK and B.dtype == Q.dtype == P.dtype == torch.bfloat16:
+            wide.setdefault((m, p, k, r, P is Q), []).append(i)
+            continue
+        Q_read = _readable(Q)
+        P_read = Q_read if P is Q else _readable(P)
         factor = B.float() if B.dtype == torch.float64 else B
+        kept += [Q_read, P_read, factor]
+        if r > _WIDEST_RANK:
+            results[i] = factor.new_empty(p, r)
+        stride, column_stride = factor.stride()
+        pointer, step = factor.data_ptr(), factor.element_size() * column_stride
+        bases = (Q_read.data_ptr(), P_read.data_ptr())
+        strides = (stride, column_stride, Q_read.stride(0), P_read.stride(0))
+        aligned = [x % 16 == s % 8 == k % 8 == 0 for x, s in zip(bases, strides[2:], strict=True)]
         for start in range(0, r, _WIDEST_RANK):
-            part = factor[:, start : start + _WIDEST_RANK]
-            key = (Q.dtype, P.dtype, part.dtype, _padded_rank(part.shape[1]))
-            groups.setdefault(key, _Group()).add(i, start, part, Q, P)
+            width = min(_WIDEST_RANK, r - start)
+            key = (Q_read.dtype, P_read.dtype, factor.dtype, _padded_rank(width))
+            group = groups.get(key)
+            if group is None:
+                group = groups[key] = _Group(*key)
+            group.rows.append((pointer + start * step, *bases, *strides, m, p, k, width))
+            group.places.append((i, start))
+            group.is_aligned = [x and y for x, y in zip(group.is_aligned, aligned, strict=True)]
     for group in groups.values():
-        pieces = _run_group(group.blocks, group.read, group.write)
-        for i, start, piece in zip(group.layers, group.starts, pieces, strict=True):
+        pieces = _run_group(group, blocks[0].device)
+        for (i, start), piece in zip(group.places, pieces, strict=True):
             if i in results:
                 results[i][:, start : start + piece.shape[1]] = piece
             else:
-                results[i] = piece.to(blocks[i].dtype)
-    return [results[i] for i in range(len(blocks))]
+                results[i] = piece
+    for (*_, is_same), layers in wide.items():
+        some_B, some_Q, some_P = ([x[i] for i in layers] for x in (blocks, read, write))
+        found = _project_wide(some_B, some_Q, some_P, is_same)
+        results.update(zip(layers, found, strict=True))
+    return [results[i].to(B.dtype) for i, B in enumerate(blocks)]
 
 
-class _Group:
-    """Pieces of layers that one launch takes together."""
-
-    def __init__(self) -> None:
-        self.layers: list[int] = []
-        self.starts: list[int] = []
-        self.blocks: list[torch.Tensor] = []
-        self.read: list[torch.Tensor] = []
-        self.write: list[torch.Tensor] = []
-
-    def add(
-        self, layer: int, start: int, block: torch.Tensor, read: torch.Tensor, write: torch.Tensor
-    ) -> None:
-        self.layers.append(layer)
-        self.starts.append(start)
-        self.blocks.append(block)
-        self.read.append(read)
-        self.write.append(write)
+@lru_cache
+def _padded_rank(r: int) -> int:
+    return max(16, triton.next_power_of_2(r))
 
 
 def _readable(basis: torch.Tensor) -> torch.Tensor:
     """The kernels read rows of bfloat16 or float32, less than 2^31 elements apart."""
     if basis.dtype not in (torch.bfloat16, torch.float32):
         basis = basis.float()
-    has_rows = basis.stride(1) == 1 or basis.shape[1] == 1
-    return basis if has_rows and basis.stride(0) < 2**31 else basis.contiguous()
+    stride, column_stride = basis.stride()
+    has_rows = column_stride == 1 or basis.shape[1] == 1
+    return basis if has_rows and stride < 2**31 else basis.contiguous()
