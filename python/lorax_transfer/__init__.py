@@ -6,8 +6,9 @@
     >>> report.recommendation.verdict  # doctest: +SKIP
     'copy'
 
-`transfer` writes the moved adapter, `scan` only measures; both return a `Report`. What they raise
-on bad input is in `lorax_transfer.errors`, and the same two calls are the command line's.
+`transfer` writes the moved adapter, `scan` only measures; both return a `Report`. `resize` cuts an
+adapter to fewer directions and `merge` adds several up; both return a `Recompression`. What they
+raise on bad input is in `lorax_transfer.errors`, and the same calls are the command line's.
 """
 
 from importlib import import_module
@@ -16,10 +17,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ._api import scan as scan
     from ._api import transfer as transfer
+    from ._merge import merge as merge
+    from ._recompression import Recompression as Recompression
+    from ._resize import resize as resize
     from .report import Report as Report
 
-_HOMES = {"transfer": "._api", "scan": "._api", "Report": ".report"}
-__all__ = ["Report", "scan", "transfer"]
+_HOMES = {
+    "transfer": "._api",
+    "scan": "._api",
+    "resize": "._resize",
+    "merge": "._merge",
+    "Report": ".report",
+    "Recompression": "._recompression",
+}
+__all__ = ["Recompression", "Report", "merge", "resize", "scan", "transfer"]
 
 
 def __getattr__(name: str) -> Any:

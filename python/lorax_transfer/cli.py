@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ._adapter_commands import add_commands
 from ._options import (
     WHERE,
     Adapter,
@@ -304,6 +305,8 @@ def _print_report(done: "Report", as_json: bool, quiet: bool) -> None:
 def _command_line() -> str:
     return shlex.join(["lorax-transfer", *sys.argv[1:]])
 
+
+add_commands(app, _session, _command_line)
 
 if __name__ == "__main__":
     main()
