@@ -104,14 +104,18 @@ def transfer(
         if dry_run:
             return run.save(run.plan_report())
         results = run.measure()
-        done = run.finish(results, run.hashes())
-        run.check_strict(done)
-        moved = [result.layer for result in results.values() if result.layer is not None]
+        measured = run.finish(results)
+        run.check_strict(measured)
+        # In the adapter's order: batches are by shape.
+        ordered = [results[module] for module in run.adapter.layers if module in results]
+        moved = [result.layer for result in ordered if result.layer is not None]
         if not moved:
+            run.save(measured)
             raise TransferError(
                 f"none of the {len(results)} layers reaches a similarity of {min_similarity}, so "
-                "there is nothing to write; lower --min-similarity or use --method copy."
+                "there is nothing to write; lower --min-similarity or use --method copy without it."
             )
+        done = run.finish(results, hashes=run.hashes(), is_written=True)
         done = replace(done, output=str(output))
         write_adapter(
             run.adapter.with_layers(_cast(moved, run.adapter, settings.dtype)),
@@ -184,7 +188,7 @@ def scan(
     )
     run = Run(settings, drop, False, report, plot, cache, progress, command)
     with run.opened(adapter, source, target):
-        return run.save(run.finish(run.measure(), (None, None), kind="scan"))
+        return run.save(run.finish(run.measure(), kind="scan"))
 
 
 def _cast(layers: list[LoraLayer], adapter: Adapter, dtype: str) -> list[LoraLayer]:

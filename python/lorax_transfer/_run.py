@@ -107,20 +107,18 @@ class Run:
     def finish(
         self,
         results: dict[str, Result],
-        hashes: tuple[str | None, str | None],
         kind: str = "transfer",
+        hashes: tuple[str | None, str | None] = (None, None),
+        is_written: bool = False,
     ) -> Report:
-        """The report of what was measured."""
+        """The report of what was measured, and, if so, of what is being written."""
         layers = {module: result.report for module, result in results.items()}
-        if kind == "transfer":
+        if is_written:
             for module, result in results.items():
                 if result.layer is not None:
                     layers[module] = replace(layers[module], status="transferred")
         done = self._report(kind, layers, hashes)
-        done = replace(done, recommendation=recommend(done.totals), warnings=_warnings(done))
-        for warning in done.warnings:
-            _log.warning(warning)
-        return done
+        return replace(done, recommendation=recommend(done.totals), warnings=_warnings(done))
 
     def check_strict(self, done: Report) -> None:
         """Raise under `strict` if a layer is not as it should be; the report is saved first."""
@@ -137,8 +135,10 @@ class Run:
             )
 
     def save(self, done: Report) -> Report:
-        """Write the report and the plot where they were asked for."""
+        """Log the warnings, and write the report and the plot where they were asked for."""
         done = replace(done, seconds=time.perf_counter() - self.started)
+        for warning in done.warnings:
+            _log.warning(warning)
         if self.report_path is not None:
             with atomic_file(self.report_path) as temporary:
                 temporary.write_text(done.to_json(), encoding="utf-8")

@@ -13,8 +13,8 @@ from .errors import CheckpointError, MatchError, TransferError
 from .matching import match
 from .settings import DEFAULT_RANK, Settings
 
-# Weights in memory at a time, both models together, unless a single layer needs more. With 256 MiB a
-# model of 1.1 B parameters peaks some 300 MB higher (benchmarks/transfer/memory.py).
+# Weights in memory at a time, both models together, unless a single layer needs more. With 256 MiB
+# a model of 1.1 B parameters peaks some 300 MB higher (benchmarks/transfer/memory.py).
 BATCH_BYTES = 128 << 20
 
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -120,6 +120,15 @@ def test_full_rank_on_the_same_model_is_the_identity(tmp_path):
     assert any("identical in every layer" in warning for warning in report.warnings)
 
 
+def test_layers_keep_their_order(tmp_path):
+    # Shapes alternate, and batches are by shape.
+    pair = make_pair(tmp_path, llama, target_modules=["q_proj", "v_proj", "down_proj"])
+    report = lorax_transfer.transfer(pair.adapter, pair.source, pair.target, tmp_path / "out")
+    wanted = list(read_adapter(pair.adapter).layers)
+    assert [layer.module for layer in report.layers] == wanted
+    assert list(read_adapter(tmp_path / "out").layers) == wanted
+
+
 def test_copy_keeps_every_bit(tmp_path):
     pair = make_pair(tmp_path, llama, target_modules=ATTENTION)
     lorax_transfer.transfer(pair.adapter, pair.source, pair.target, tmp_path / "out", method="copy")
@@ -238,7 +247,10 @@ class TestOtherWidth:
                 report=tmp_path / "why.json",
             )
         assert not (tmp_path / "out").exists()
-        assert json.loads((tmp_path / "why.json").read_text())["totals"]["unvalidated"] == 4
+        why = json.loads((tmp_path / "why.json").read_text())
+        assert why["totals"]["unvalidated"] == 4
+        assert why["totals"]["transferred"] == 0
+        assert {layer["status"] for layer in why["layers"]} == {"measured"}
 
 
 class TestLayersLeftOut:
