@@ -20,6 +20,7 @@ from .adapters import Adapter, LoraLayer, write_adapter
 from .atomic import atomic_file
 from .errors import OutputError
 from .preflight import PathLike, check_file, check_output
+from .tables import common_prefix
 
 
 def finish(
@@ -165,15 +166,17 @@ def show(done: Recompression, console: Console) -> None:
         text = Text(f"{part.weight:>8g}  " if done.kind == "merge" else " adapter  ", style="dim")
         console.print(text.append(part.location, style="default"), soft_wrap=True, highlight=False)
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
-    table.add_column("module", overflow="fold")
-    for heading in ("r before", "r", "energy kept", "spectral err", "error"):
+    prefix = common_prefix([x.module for x in done.layers])
+    longest = min(40, max(len(x.module) - len(prefix) for x in done.layers))
+    table.add_column(f"{prefix}*" if prefix else "module", overflow="fold", min_width=longest)
+    for heading in ("r before", "r", "kept", "spectral err", "error"):
         table.add_column(heading, justify="right", no_wrap=True)
     has_notes = any(x.reason for x in done.layers)
     if has_notes:
         table.add_column("note", overflow="fold")
     for x in done.layers:
         table.add_row(
-            x.module,
+            x.module.removeprefix(prefix),
             str(x.rank_before),
             str(x.rank),
             "-" if x.energy_kept is None else f"{x.energy_kept:.3%}",

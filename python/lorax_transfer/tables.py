@@ -66,7 +66,7 @@ def _cut(report: Report) -> str:
 
 def _layers(report: Report, width: int) -> Table:
     layers = [layer for layer in report.layers if layer.status != "excluded"]
-    prefix = _common_prefix([layer.module for layer in layers])
+    prefix = common_prefix([layer.module for layer in layers])
     is_plan = report.kind == "plan"
     longest = min(32, max(len(layer.module) - len(prefix) for layer in layers))
     has_notes = any(_note(layer, report) for layer in layers)
@@ -129,7 +129,7 @@ def _shape(layer: LayerReport) -> str:
     return texts[1] if texts[0] == texts[1] else " to ".join(texts)
 
 
-def _common_prefix(modules: Sequence[str]) -> str:
+def common_prefix(modules: Sequence[str]) -> str:
     """Leading components that all module paths share, kept out of every row."""
     split = [module.split(".")[:-1] for module in modules]
     shared = []
