@@ -13,7 +13,9 @@ def project_reference(
     carries coordinates from one space to another. Computed in float32, returned in the block's
     dtype.
     """
-    return [
-        (P.float() @ (Q.float().mT @ B.float())).to(B.dtype)
-        for B, Q, P in zip(blocks, read, write, strict=True)
-    ]
+    results = []
+    for B, Q, P in zip(blocks, read, write, strict=True):
+        reads = Q.float()
+        writes = reads if P is Q else P.float()
+        results.append((writes @ (reads.mT @ B.float())).to(B.dtype))
+    return results
