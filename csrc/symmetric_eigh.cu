@@ -19,6 +19,7 @@
 #include <cusolverDn.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <array>
 #include <map>
 #include <mutex>
@@ -111,25 +112,28 @@ bool is_capturing(cudaStream_t stream) {
 void sweep(const Jacobi& state, const at::TensorOptions& options, c10::cuda::CUDAStream stream) {
   const auto integers = options.dtype(at::kInt);
   const at::Tensor counts = at::empty({kMaxSweeps}, integers);
-  const at::Tensor known = at::empty({kMaxSweeps}, integers.device(at::kCPU).pinned_memory(true));
   int* count = counts.mutable_data_ptr<int>();
+  if (is_capturing(stream)) {
+    for (int s = 0; s < kMaxSweeps; ++s) {
+      C10_CUDA_CHECK(launch_jacobi_sweep(state, s, count + s, stream));
+    }
+    return;
+  }
+  const at::Tensor known = at::empty({kMaxSweeps}, integers.device(at::kCPU).pinned_memory(true));
   int* left = known.mutable_data_ptr<int>();
-  const bool is_blind = is_capturing(stream);
   std::array<at::cuda::CUDAEvent, kMaxSweeps> done;
-  for (int s = 0; s < kMaxSweeps; ++s) {
+  int last = 0;
+  for (int s = 0; s < kMaxSweeps; ++s, ++last) {
     C10_CUDA_CHECK(launch_jacobi_sweep(state, s, count + s, stream));
-    if (is_blind) continue;
     C10_CUDA_CHECK(
         cudaMemcpyAsync(left + s, count + s, sizeof(int), cudaMemcpyDeviceToHost, stream));
     done[s].record(stream);
     if (s == 0) continue;
     done[s - 1].synchronize();
-    if (left[s - 1] == 0) {
-      done[s].synchronize();  // its count lands in memory that is about to be freed
-      return;
-    }
+    if (left[s - 1] == 0) break;
   }
-  if (!is_blind) done[kMaxSweeps - 1].synchronize();
+  // The last count lands in memory that is about to be given back.
+  done[std::min(last, kMaxSweeps - 1)].synchronize();
 }
 
 std::tuple<at::Tensor, at::Tensor> by_jacobi(const at::Tensor& H) {

@@ -3,11 +3,13 @@
 
 import torch
 
-# Unit roundoff of bfloat16 pieces: the k-th piece leaves 2^-8k of an element. Products add a few of
-# them; sums in float32 add about 1e-6 at the longest inner sizes here.
+# Unit roundoff of bfloat16 pieces, the coarser: the k-th piece leaves 2^-8k of an element. Products
+# add a few of them; sums in float32 add about 1e-6 at the longest inner sizes here.
 PIECE_TOLERANCE = {1: 2.0**-7, 2: 2.0**-14, 3: 4e-6}
 FLOAT32_TOLERANCE = 4e-6
 ORTHONORMAL_TOLERANCE = 2e-6
+# One pass, of independent columns: the Gram matrix is right to about 1e-5, times their condition.
+QUICK_TOLERANCE = 1e-2
 # (batch, m, n, l): one, odd, prime, one past a power of two; one column, and as many as W has
 THIN_SHAPES = [
     (1, 1, 1, 1),
@@ -74,3 +76,29 @@ def hard_blocks(n: int, l: int, device: str = "cpu") -> dict[str, torch.Tensor]:
         "tiny": normal * 1e-20,
         "huge": normal * 1e18,
     }
+
+
+def symmetric_matrices(l: int, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Symmetric float32 matrices `(1, l, l)` that try an eigensolver, by name."""
+    X = torch.randn(1, 2 * l, l, device=device)
+    gram = X.mT @ X / (2 * l)
+    diagonal = torch.diag_embed(torch.linspace(1, 2, l, device=device))[None]
+    noise = gram - torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
+    Q = torch.linalg.qr(torch.randn(1, l, l, device=device)).Q
+    clusters = torch.ones(l, device=device)
+    clusters[: l // 2] = 2
+    steep = 10.0 ** torch.linspace(0, -12, l, device=device)
+    v = torch.randn(1, l, 1, device=device)
+    found = {
+        "Gram matrix": gram,
+        "indefinite": X[:, :l] + X[:, :l].mT,
+        "nearly diagonal": diagonal + 1e-4 * noise,
+        "two clusters": (Q * clusters) @ Q.mT,
+        "steep": (Q * steep) @ Q.mT,
+        "rank one": v @ v.mT,
+        "diagonal": diagonal,
+        "zero": torch.zeros_like(gram),
+        "tiny": gram * 1e-30,
+        "huge": gram * 1e30,
+    }
+    return {name: (H + H.mT) / 2 for name, H in found.items()}
