@@ -11,4 +11,4 @@ def orthonormalize_reference(X: torch.Tensor, quick: bool) -> torch.Tensor:
     dependent it still returns orthonormal ones. `quick` asks for less, and gets as much.
     """
     del quick
-    return torch.linalg.qr(X).Q
+    return torch.linalg.qr(X).Q.contiguous()
