@@ -130,6 +130,11 @@ def measure(root: Path, rank: int, method: str) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
+def commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rank", type=int, default=64)
@@ -149,6 +154,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "version": lorax_kernels.__version__,
+        "commit": commit(),
         "command": " ".join(["python", "benchmarks/transfer/memory.py", *sys.argv[1:]]),
         "checkpoint_bytes": size,
         "adapter_bytes": adapter,

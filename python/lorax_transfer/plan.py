@@ -242,7 +242,10 @@ def _check_method(plan: Plan, settings: Settings) -> None:
 
 
 def _memory(plan: Plan, adapter: Adapter) -> int:
-    """Adapter, its result, and the largest batch with its bases and the SVD's temporaries."""
+    """Adapter, its result as computed and as written, and the largest batch with its SVDs.
+
+    A fifth is added for what an allocator keeps: 531 MB were measured where the sum is 457 MB.
+    """
     factors = sum(x.lora_A.nbytes + x.lora_B.nbytes for x in adapter.layers.values())
     results = 4 * sum(x.lora_A.numel() + x.lora_B.numel() for x in adapter.layers.values())
     largest = 0
@@ -255,4 +258,4 @@ def _memory(plan: Plan, adapter: Adapter) -> int:
             # One matrix in float64 beside its float32 copy: the exact path.
             temporaries = max(temporaries, 12 * m * n + 24 * min(m, n) ** 2)
         largest = max(largest, size + temporaries)
-    return factors + results + largest
+    return int(1.2 * (2 * factors + results + largest))
