@@ -36,6 +36,8 @@ _GROWTH_CAP = 1e6
 # below, because the estimate is of first order and can be low by some per cent.
 _AIM = 0.5
 _ENOUGH = 0.8
+# Within this factor of what rounding of the block leaves, the block is taken in two pieces.
+_NEAR_FLOOR = 8
 # In place of a degree: leave the Gram matrix, whose rounding has become a visible part of the
 # tolerance.
 _ON_WEIGHTS = -1
@@ -125,17 +127,35 @@ def _gram_ritz(A: Operator, Q: torch.Tensor, k: int) -> _Ritz:
     return _Ritz(Q, Q[:, :, :0], Z, theta, (error**2 + blur**2).sqrt(), planned, blur)
 
 
-def _degrees(ritz: _Ritz, k: int, tol: float) -> torch.Tensor:
-    """Smallest listed degree that should bring the error under the tolerance, for each matrix."""
+@dataclass(frozen=True)
+class _Cycle:
+    """The next cycle of each matrix of a stack, on the CPU."""
+
+    degree: torch.Tensor  # (b,), 0 where the matrix is done
+    pieces: torch.Tensor  # (b,) that the block is rounded to
+
+
+def _next_cycle(A: Operator, ritz: _Ritz, k: int, tol: float) -> _Cycle:
+    """Smallest listed degree that should bring the error under the tolerance, for each matrix.
+
+    A block in one piece leaves an error of about its rounding times `theta_k / (theta_k -
+    theta_l)`. Where that is above the tolerance, a cycle in one piece goes down to it and the next,
+    short one continues in two.
+    """
     theta = ritz.theta.double()
-    t = 2 * theta[:, k - 1] / theta[:, -1].clamp_min(1e-300) - 1
-    rate = torch.acosh(t.clamp_min(1 + 1e-9))
-    needed = torch.acosh((ritz.planned / (_AIM * tol)).clamp_min(1)) / rate
+    last, first_beyond = theta[:, k - 1], theta[:, -1].clamp_min(1e-300)
+    rate = torch.acosh((2 * last / first_beyond - 1).clamp_min(1 + 1e-9))
+    floor = A.rounding * last / (last - first_beyond).clamp_min(1e-9 * last + 1e-300)
+    fine = ritz.planned < _NEAR_FLOOR * floor
+    target = torch.where(fine, _AIM * tol, (2 * floor).clamp_min(_AIM * tol))
+    needed = torch.acosh((ritz.planned / target).clamp_min(1)) / rate
     listed = torch.tensor(_DEGREES, dtype=needed.dtype, device=needed.device)
-    return listed[torch.bucketize(needed, listed).clamp_max(len(_DEGREES) - 1)].long().cpu()
+    degree = listed[torch.bucketize(needed, listed).clamp_max(len(_DEGREES) - 1)]
+    done = ritz.error <= _ENOUGH * tol
+    return _Cycle(torch.where(done, 0, degree).long().cpu(), (1 + fine.long()).cpu())
 
 
-def _filter(A: Operator, ritz: _Ritz, degree: int) -> torch.Tensor:
+def _filter(A: Operator, ritz: _Ritz, degree: int, pieces: int) -> torch.Tensor:
     """Applies the polynomial of this degree to the block and orthonormalises it."""
     # Where the block holds all there is, its last Ritz value is rounding and may be zero.
     b = torch.maximum(ritz.theta[:, -1], 1e-8 * ritz.theta[:, 0]).float().clamp_min(1e-30)
@@ -144,7 +164,7 @@ def _filter(A: Operator, ritz: _Ritz, degree: int) -> torch.Tensor:
     X, Z, growth = ritz.Q, ritz.Z, 1.0
     for j, root in enumerate(chebyshev_roots(degree)):
         if j:
-            Z = A.apply(X)
+            Z = A.apply(X, pieces)
         X = ops.shift(Z, X, root * b, 2 / b, backend=A.backend)
         growth *= gain
         if j + 1 < degree and growth * gain > _GROWTH_CAP:
@@ -179,26 +199,32 @@ def _solve(
     ritz = _gram_ritz(A, Q, k) if steer else _rayleigh_ritz(A, Q, k)
     del Q
     left -= 2
-    degrees = _degrees(ritz, k, tol) if degree is None else torch.full((count,), degree)
-    degrees = degrees.clamp_max((left - steer) // 2).clamp_min(0)
-    degrees[(ritz.error <= _ENOUGH * tol).cpu()] = 0
+    cycle = _next_cycle(A, ritz, k, tol)
+    degrees = cycle.degree
+    if degree is not None:
+        degrees = torch.where(degrees > 0, degree, 0)
+    degrees = degrees.clamp_max(max(0, (left - steer) // 2))
     degrees[(ritz.blur > _VISIBLE * tol).cpu()] = _ON_WEIGHTS
     parts = []
-    for d in degrees.unique().tolist():
-        index = torch.nonzero(degrees == d).flatten()
+    # Matrices with the same cycle run as one batch.
+    for d, pieces in torch.stack([degrees, cycle.pieces], dim=1).unique(dim=0).tolist():
+        index = torch.nonzero((degrees == d) & (cycle.pieces == pieces)).flatten()
         whole, where = len(index) == count, index.to(ritz.Q.device)
-        parts.append((d, index, A if whole else A[where], ritz if whole else ritz[where]))
-    del ritz
+        part = (A, ritz) if whole else (A[where], ritz[where])
+        parts.append((d, pieces, index, *part))
+    del ritz, part
     results = []
     while parts:
-        d, index, some, part = parts.pop()
+        d, pieces, index, some, mine = parts.pop()
         if d == 0:
-            found, spent = _finish(some, part, k), 2
+            found, spent = _finish(some, mine, k), 2
         else:
-            block = part.Q if d == _ON_WEIGHTS else _filter(some, part, d)
-            some = some.on_weights() if d == _ON_WEIGHTS else some
+            if d == _ON_WEIGHTS:
+                block, some = mine.Q, some.on_weights()
+            else:
+                block = _filter(some, mine, d, pieces)
+            del mine
             spent = 2 * max(d, 1)
-            del part
             found = _solve(some, block, k, tol, left + 2 - spent, None)
         results.append((index, replace(found, passes=found.passes + spent)))
     return _merge(results, count)
