@@ -68,8 +68,10 @@ def _merge(
         )
     names = [name for name, _ in present]
     scaled = [weight * _again(target, name) for name, weight in present]
+    pairs = [_factors(target, name) for name in names]
+    # The dtype of the parts: the new adapter is still in the base weight's, which may be narrower.
+    dtype = pairs[0][1].dtype
     if combination_type == "svd":
-        pairs = [_factors(target, name) for name in names]
         working = torch.float64 if pairs[0][0].dtype == torch.float64 else torch.float32
         B = [
             B.to(working) * (weight * target.scaling[name])
@@ -90,9 +92,9 @@ def _merge(
         keep = min(new_rank, *delta.shape)
         svd = truncated_svd(delta, keep, tol=options.tol, backend=options.backend)
     rows = min(new_rank, *_sides(target_lora_B, target_lora_A))
-    lora_A = _complete(svd.V, rows).T.contiguous().to(target_lora_A.dtype)
-    lora_B = target_lora_B.new_zeros(svd.U.shape[0], rows)
-    lora_B[:, : svd.rank] = (svd.U * svd.S).to(lora_B.dtype)
+    lora_A = _complete(svd.V, rows).T.contiguous().to(dtype)
+    lora_B = target_lora_B.new_zeros(svd.U.shape[0], rows, dtype=dtype)
+    lora_B[:, : svd.rank] = (svd.U * svd.S).to(dtype)
     if target_lora_B.dim() > 2:
         return lora_A.reshape(target_lora_A.shape), lora_B.reshape(target_lora_B.shape)
     return lora_A, lora_B

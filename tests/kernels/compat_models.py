@@ -45,10 +45,12 @@ def randomise(model: torch.nn.Module, seed: int = 1) -> None:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
-def two_adapters(targets: list[str], **config) -> peft.PeftModel:
+def two_adapters(
+    targets: list[str], dtype: torch.dtype = torch.float32, **config
+) -> peft.PeftModel:
     """Adapters "one" of rank 3 and "two" of rank 5 on one model, with different scales."""
     model = peft.get_peft_model(
-        Net(), peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, **config), "one"
+        Net(dtype), peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, **config), "one"
     )
     model.add_adapter("two", peft.LoraConfig(r=5, lora_alpha=4, target_modules=targets, **config))
     randomise(model)

@@ -207,6 +207,33 @@ def test_add_weighted_adapter_draws_what_the_original_draws(kind):
         close(results[1][name], update, TOL)
 
 
+def test_add_weighted_adapter_on_a_bf16_model_stays_in_float32():
+    results = []
+    for is_on in (False, True):
+        model = two_adapters(LINEAR, torch.bfloat16)
+        with compat.enable("peft") if is_on else torch.no_grad():
+            model.add_weighted_adapter(["one", "two"], [1, 1], "sum", combination_type="svd")
+        results.append(model)
+    for name, update in updates(results[0], "sum").items():
+        close(updates(results[1], "sum")[name], update, 2e-6)
+        assert _factors(results[1], name)[0].dtype == torch.float32
+
+
+def test_add_weighted_adapter_takes_what_the_original_cannot():
+    """Adapters in bfloat16, of which LAPACK computes no SVD."""
+    model = two_adapters(LINEAR).to(torch.bfloat16)
+    exact = {
+        name: layer.get_delta_weight("one").float() + layer.get_delta_weight("two").float()
+        for name, layer in lora_layers(model).items()
+    }
+    options = {"combination_type": "svd", "svd_rank": 8}
+    with compat.enable("peft"):
+        model.add_weighted_adapter(["one", "two"], [1, 1], "sum", **options)
+    for name, update in updates(model, "sum").items():
+        # Three updates of one magnitude, each rounded to bfloat16.
+        close(update, exact[name], 4 * torch.finfo(torch.bfloat16).eps)
+
+
 def test_directions_beyond_the_adapters_can_still_be_trained():
     model = two_adapters(["fc1"])
     with compat.enable("peft"):
