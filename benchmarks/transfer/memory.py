@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak resident memory of a transfer between two synthetic bf16 checkpoints of 2 GB each.
 
-    python benchmarks/transfer/memory.py [--rank 64] [--gigabytes 2] [--output results.json]
+    PYTHONPATH=.:python python benchmarks/transfer/memory.py --output rows.json
 
 The checkpoints have the shapes of a 1.1 B Llama (width 2048, MLP 5632, grouped keys and values) in
 two shards each; every weight of the target is the source's plus 1 % of noise. The adapter of rank
@@ -12,7 +12,6 @@ Exits with status 1 if it does not.
 
 import argparse
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-import lorax_kernels
+from benchmarks.record import save
 
 WIDTH, MLP, KV, LORA_RANK = 2048, 5632, 256, 16
 LIMIT = 1 << 30
@@ -130,11 +129,6 @@ def measure(root: Path, rank: int, method: str) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
-def commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rank", type=int, default=64)
@@ -149,13 +143,7 @@ def main() -> None:
         print(f"wrote 2 x {size / 1e9:.2f} GB in {time.perf_counter() - started:.0f} s", flush=True)
         facts = measure(root, arguments.rank, arguments.method)
     above = facts["peak"] - facts["floor"]
-    result = {
-        "benchmark": "transfer memory",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "version": lorax_kernels.__version__,
-        "commit": commit(),
-        "command": " ".join(["python", "benchmarks/transfer/memory.py", *sys.argv[1:]]),
+    row = {
         "checkpoint_bytes": size,
         "adapter_bytes": adapter,
         "rank": arguments.rank,
@@ -164,9 +152,9 @@ def main() -> None:
         "above_floor_bytes": above,
         **facts,
     }
-    print(json.dumps(result, indent=2))
+    print(json.dumps(row, indent=2))
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+        save(arguments.output, [row])
     if above > LIMIT:
         sys.exit(f"{above / 2**20:.0f} MiB above the floor, expected at most 1024")
 
