@@ -9,8 +9,9 @@ from ._planning import Plan
 
 # Outside of these bounds squares of entries overflow or vanish in float32.
 _SAFE = (1e-8, 1e8)
-# float16 reaches up to 2^16 and down to 2^-24; products sum in float32.
-_HALF_EXPONENT = 7
+# Largest entry in float16: products with orthonormal blocks are then of order one, and entries down
+# to 2^-15 of the largest keep all the digits of a bfloat16.
+_HALF_EXPONENT = -2
 
 
 def check(index: int, matrix: object, rank: int | None) -> None:
@@ -37,15 +38,19 @@ def groups(matrices: Sequence[torch.Tensor], warm: Sequence[bool]) -> Iterator[l
     yield from found.values()
 
 
-def chunks(group: list[int], matrix: torch.Tensor, p: Plan, workspace: int) -> Iterator[list[int]]:
-    """Cuts a group so that the temporaries of one piece stay within `workspace` bytes."""
+def chunks(
+    group: list[int], matrix: torch.Tensor, p: Plan, workspace: int, halves: bool
+) -> Iterator[list[int]]:
+    """Cuts a group into pieces of one size whose temporaries stay within `workspace` bytes."""
     long, short = max(matrix.shape), min(matrix.shape)
-    size = 4 * long * short
+    size = long * short * (2 if halves and matrix.dtype.itemsize == 2 else 4)
     if p.path == "exact":
         size += 8 * long * short + 3 * 8 * short**2
     else:
-        size += 4 * 4 * (long + short) * p.width + (4 * short**2 if p.use_gram else 0)
-    count = max(1, workspace // size)
+        # The block and its products before and after a rotation, and their pieces.
+        size += 4 * (4 * short + 3 * long) * p.width + (8 * short**2 if p.use_gram else 0)
+    pieces = -(-len(group) * size // workspace)
+    count = max(1, -(-len(group) // max(1, pieces)))
     for start in range(0, len(group), count):
         yield group[start : start + count]
 
@@ -55,10 +60,9 @@ def stack(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A stack to decompose and the factor `(b,)` by which its singular values were divided.
 
-    Scaling is by powers of two, so that it is exact. A CPU multiplies in float32. For tensor cores
-    16-bit weights become float16 with the largest entry near 2^8: bfloat16 has fewer digits, so
-    that only entries 2^24 times smaller than the largest lose some, and the block multiplied with
-    them is then rounded to 11 bits instead of 8.
+    Scaling is by powers of two. A CPU multiplies in float32. For tensor cores 16-bit weights become
+    float16: bfloat16 has fewer digits, so that only entries far below the largest lose some, and
+    the block multiplied with them is then rounded to 11 bits instead of 8.
 
     Args:
         matrices: all of them.
@@ -70,8 +74,7 @@ def stack(
         ValueError: a matrix holds NaN or Inf.
     """
     first = matrices[chunk[0]]
-    stacked = first[None] if len(chunk) == 1 else torch.stack([matrices[i] for i in chunk])
-    largest = stacked.abs().flatten(1).amax(dim=1).double()
+    largest = torch.stack([matrices[i].abs().amax() for i in chunk]).double()
     if not bool(largest.isfinite().all()):
         bad = chunk[int((~largest.isfinite()).nonzero()[0])]
         raise ValueError(f"matrix {bad} holds NaN or Inf; no SVD exists")
@@ -85,10 +88,16 @@ def stack(
         working = torch.float64
     else:
         working = torch.float16 if halves and first.dtype.itemsize == 2 else torch.float32
-    if bool((shift != 0).any()):
-        # In two steps: a power of two that brings 1e-38 to 1 is itself out of float32's range.
-        stacked = stacked.to(torch.promote_types(stacked.dtype, working))
-        half = (shift / 2).floor()
-        for part in (half, shift - half):
-            stacked = stacked * torch.exp2(-part).to(stacked.dtype)[:, None, None]
-    return stacked.to(working), torch.exp2(shift)
+    shifts = shift.tolist()
+    if len(chunk) == 1 and shifts[0] == 0:
+        return first[None].to(working), torch.ones_like(shift)
+    stacked = torch.empty(len(chunk), *first.shape, dtype=working, device=first.device)
+    wide = torch.promote_types(first.dtype, working)
+    for row, i, power in zip(stacked, chunk, shifts, strict=True):
+        if power == 0:
+            row.copy_(matrices[i])
+        else:
+            # In two steps: a power that brings 1e-38 to 1 is itself out of float32's range.
+            half = power // 2
+            row.copy_(matrices[i].to(wide) * 2.0**-half * 2.0 ** (half - power))
+    return stacked, torch.exp2(shift)

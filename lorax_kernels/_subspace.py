@@ -26,9 +26,13 @@ from ._operator import Operator, Stack
 
 # Degrees a cycle may have. Few, because matrices that need the same degree run as one batch.
 _DEGREES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
-# Before the second Ritz step the damped interval is a guess from a nearly random block, and degrees
-# spent on a wrong interval are lost.
+# Before the second look the damped interval is a guess from a nearly random block, and degrees spent
+# on a wrong interval are lost; on a GPU products are cheap against a look's eigenproblem.
 _FIRST_DEGREE = 4
+_FIRST_DEGREE_ON_GPU = 6
+# There, while the error is above `_EARLY`, the interval is known to be short, and more is taken.
+_EARLY = 0.1
+_EARLY_MORE = 1.3
 # Between two orthonormalisations the leading directions may outgrow the rest by this factor. Ritz
 # vectors hold little of each other's directions, so that float32 has digits left for the smallest.
 _GROWTH_CAP = 1e6
@@ -149,6 +153,8 @@ def _next_cycle(A: Operator, ritz: _Ritz, k: int, tol: float) -> _Cycle:
     fine = ritz.planned < _NEAR_FLOOR * floor
     target = torch.where(fine, _AIM * tol, (2 * floor).clamp_min(_AIM * tol))
     needed = torch.acosh((ritz.planned / target).clamp_min(1)) / rate
+    if ritz.Q.is_cuda:
+        needed = torch.where(ritz.planned > _EARLY, _EARLY_MORE * needed, needed)
     listed = torch.tensor(_DEGREES, dtype=needed.dtype, device=needed.device)
     degree = listed[torch.bucketize(needed, listed).clamp_max(len(_DEGREES) - 1)]
     done = ritz.error <= _ENOUGH * tol
@@ -288,6 +294,7 @@ def iterate(
     if not warm:
         Q, spent = A.apply(Q), 2
     Q = ops.orthonormalize(Q, backend=backend)
-    found = _solve(A, Q, k, tol, max_passes - spent, None if warm else _FIRST_DEGREE)
+    first = _FIRST_DEGREE_ON_GPU if W.is_cuda else _FIRST_DEGREE
+    found = _solve(A, Q, k, tol, max_passes - spent, None if warm else first)
     found = replace(found, passes=found.passes + spent)
     return replace(found, U=found.V, V=found.U) if flipped else found

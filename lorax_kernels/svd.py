@@ -116,9 +116,10 @@ def truncated_svd(
         k = min(first.shape) if rank is None else rank
         m, n = first.shape
         p = plan(m, n, k, oversample, first.device, first.dtype)
-        for chunk in _batching.chunks(group, first, p, workspace):
+        on_tensor_cores = first.is_cuda and halves
+        for chunk in _batching.chunks(group, first, p, workspace, on_tensor_cores):
             exact = p.path == "exact"
-            stack, scale = _batching.stack(matrices, chunk, exact, first.is_cuda and halves)
+            stack, scale = _batching.stack(matrices, chunk, exact, on_tensor_cores)
             start = [starts[i] for i in chunk]
             parts = _decompose(stack, k, p, tol, max_passes, start, seed, backend)
             found.update(zip(chunk, _results(parts, scale), strict=True))
