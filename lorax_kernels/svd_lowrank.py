@@ -97,6 +97,9 @@ def _filtered(
     if M is not None:
         A = A.float() - M.detach().float()
     batch, (m, n) = A.shape[:-2], A.shape[-2:]
+    # One matrix in a few passes is bound by latency on a GPU, so the block is kept narrower than a
+    # batch that runs to a tolerance wants it.
+    oversample = None if A.device.type == "cpu" else -(-(q + max(16, q // 2)) // 32) * 32 - q
     with warnings.catch_warnings():
         # Short of float32's last digits is what a fixed number of passes means.
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -104,6 +107,7 @@ def _filtered(
             A if A.dim() == 2 else A.reshape(-1, m, n),
             q,
             tol=_TOL,
+            oversample=oversample,
             max_passes=2 * niter + 6,
             generator=generator,
             backend=backend,

@@ -36,6 +36,7 @@ from benchmarks.record import save
 from lorax_kernels import compat, testing
 
 CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
 SHAPES = {
     "q_proj": (4096, 4096),
     "k_proj": (4096, 4096),
@@ -73,10 +74,9 @@ def show(row):
 
 
 def lowrank():
-    device = "cuda" if CUDA else "cpu"
     rows = []
     for n in (512, 1024, 2048, 4096, 8192, 16384) if CUDA else (512, 1024, 2048):
-        A = testing.matrix("marchenko_pastur", n, n, 64, device=device)
+        A = testing.matrix("marchenko_pastur", n, n, 64, device=DEVICE)
         for q, niter in ((6, 2), (64, 2), (64, 4)):
             best = captured(A, lk.svd_lowrank(A, q, 40)[2])
             for name, solve in (("torch", torch.svd_lowrank), ("ours", lk.svd_lowrank)):
@@ -186,11 +186,11 @@ class Block(torch.nn.Module):
 
 
 def llama7b():
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     weights = {}
     for name, (m, n) in SHAPES.items():
         spectrum = "power" if m == n else "marchenko_pastur"
-        made = testing.matrix(spectrum, m, n, 64, generator=generator, device="cuda")
+        made = testing.matrix(spectrum, m, n, 64, generator=generator, device=DEVICE)
         weights[name] = (made / made.norm() * (m * n) ** 0.5 / 50).bfloat16()
         del made
     one = torch.nn.ModuleList([Block(weights, generator)])

@@ -2,6 +2,7 @@
 """svd_lowrank, svd_diff and the doors into PEFT on a GPU."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -16,14 +17,18 @@ def captured(A, V):
     return float(torch.linalg.vector_norm(A.double() @ V.double()) ** 2)
 
 
+@functools.cache
+def case(spectrum, shape, q):
+    A = testing.matrix(spectrum, *shape, q, device="cuda")
+    return A, float((torch.linalg.svdvals(A.double())[:q] ** 2).sum())
+
+
 @pytest.mark.parametrize("niter", [0, 2, 4], ids=lambda x: f"niter{x}")
 @pytest.mark.parametrize("q", [1, 6, 64], ids=lambda x: f"q{x}")
 @pytest.mark.parametrize("shape", [(1025, 768), (700, 1900)], ids=["tall", "wide"])
 @pytest.mark.parametrize("spectrum", testing.SPECTRA)
 def test_svd_lowrank_is_never_less_accurate(spectrum, shape, q, niter):
-    A = testing.matrix(spectrum, *shape, q, device="cuda")
-    exact = torch.linalg.svdvals(A.double())[:q]
-    head = float((exact**2).sum())
+    A, head = case(spectrum, shape, q)
     torch.manual_seed(0)
     theirs = torch.svd_lowrank(A, q, niter)
     ours = lk.svd_lowrank(A, q, niter)
