@@ -68,6 +68,7 @@ def plan(
     oversample: int | None,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    max_passes: int | None = None,
 ) -> Plan:
     """The cheaper path for `(m, n)` matrices at rank `k`.
 
@@ -78,6 +79,7 @@ def plan(
         oversample: columns of the block beyond `k`; None chooses them.
         device: where the matrices are.
         dtype: of the matrices.
+        max_passes: the caller's budget; a small one makes the randomized path cheaper.
 
     Returns:
         The path, and for the randomized one the block's width and the operator to iterate on.
@@ -91,13 +93,14 @@ def plan(
     # On tensor cores whatever is not 16 bits wide is multiplied in two pieces.
     halves = device.type != "cpu"
     pieces = 2 if halves and dtype.itemsize > 2 else 1
-    on_weights = _DEGREE * pieces * 4 * long * short * width / costs.thin
-    on_gram = _DEGREE * (2 if halves else 1) * 2 * short**2 * width / costs.thin
+    degree = _DEGREE if max_passes is None else min(_DEGREE, max_passes / 2)
+    on_weights = degree * pieces * 4 * long * short * width / costs.thin
+    on_gram = degree * (2 if halves else 1) * 2 * short**2 * width / costs.thin
     forming = 2 * long * short**2 / costs.gram
-    block = _BLOCK_STEPS * short * width**2 / costs.block
+    block = _BLOCK_STEPS * degree / _DEGREE * short * width**2 / costs.block
     use_gram = forming + on_gram < on_weights
     iterating = on_gram if use_gram else on_weights
     if exact <= iterating + use_gram * forming + block:
         return Plan("exact", short, False)
-    passes = int(2 * _DEGREE * exact / (iterating + block))
+    passes = int(2 * degree * exact / (iterating + block))
     return Plan("randomized", width, use_gram, min(max(passes, 40), 200))

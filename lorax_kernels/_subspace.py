@@ -26,8 +26,8 @@ from ._operator import Operator, Stack
 
 # Degrees a cycle may have. Few, because matrices that need the same degree run as one batch.
 _DEGREES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
-# Before the second look the damped interval is a guess from a nearly random block, and degrees spent
-# on a wrong interval are lost; on a GPU products are cheap against a look's eigenproblem.
+# Before the second look the damped interval is a guess from a nearly random block, and degrees
+# spent on a wrong interval are lost; on a GPU products are cheap against a look's eigenproblem.
 _FIRST_DEGREE = 4
 _FIRST_DEGREE_ON_GPU = 6
 # There, while the error is above `_EARLY`, the interval is known to be short, and more is taken.

@@ -45,6 +45,7 @@ def truncated_svd(
     backend: str = ...,
     workspace: int = ...,
 ) -> list[SVD]: ...
+@torch.no_grad()
 def truncated_svd(
     W: torch.Tensor | Sequence[torch.Tensor],
     rank: int | None = None,
@@ -115,7 +116,7 @@ def truncated_svd(
         first = matrices[group[0]]
         k = min(first.shape) if rank is None else rank
         m, n = first.shape
-        p = plan(m, n, k, oversample, first.device, first.dtype)
+        p = plan(m, n, k, oversample, first.device, first.dtype, max_passes)
         on_tensor_cores = first.is_cuda and halves
         for chunk in _batching.chunks(group, first, p, workspace, on_tensor_cores):
             exact = p.path == "exact"

@@ -196,17 +196,17 @@ def _prolora(layers: _Layers, backend: str) -> tuple[list[torch.Tensor], list[to
 
     inside_B, outside_B = both(blocks_B, [s.U for s in layers.source], [t.U for t in layers.target])
     inside_A, outside_A = both(blocks_A, [s.V for s in layers.source], [t.V for t in layers.target])
+    wide = [torch.cat(pair, dim=1) for pair in zip(inside_B, outside_B, strict=True)]
+    tall = [torch.cat(pair, dim=1).mT for pair in zip(inside_A, outside_A, strict=True)]
     lora_B, lora_A = [], []
-    for i, (B, A) in enumerate(zip(layers.B, layers.A, strict=True)):
-        wide = torch.cat([inside_B[i], outside_B[i]], dim=1)
-        tall = torch.cat([inside_A[i], outside_A[i]], dim=1).mT
-        rank = min(B.shape[1], *wide.shape, *tall.shape)
-        svd = svd_product(wide, tall, rank=rank)
+    products = svd_product(wide, tall, backend=backend)
+    for svd, B, A in zip(products, layers.B, layers.A, strict=True):
+        svd = svd.truncate(min(B.shape[1], svd.rank))
         root = svd.S.sqrt()
         # A rank beyond the update's own stays in the file's shape, as zeros.
         new_B, new_A = B.new_zeros(B.shape), A.new_zeros(A.shape)
-        new_B[:, :rank] = (svd.U * root).to(B.dtype)
-        new_A[:rank] = (svd.V * root).mT.to(A.dtype)
+        new_B[:, : svd.rank] = (svd.U * root).to(B.dtype)
+        new_A[: svd.rank] = (svd.V * root).mT.to(A.dtype)
         lora_B.append(new_B)
         lora_A.append(new_A)
     return lora_B, lora_A
