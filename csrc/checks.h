@@ -24,4 +24,11 @@ inline void check_block(const at::Tensor& X, const char* name) {
                     " matrices, more than the 65535 of one call; split the batch");
 }
 
+// A captured stream must not be waited for.
+inline bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  C10_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
 }  // namespace lorax

@@ -3,8 +3,8 @@
 //
 // float32 from float32: two float16 pieces of scaled columns, H = P_0^T P_0 and C = P_0^T P_1 in
 // one product, G = H + C + C^T; the diagonal from exact norms. float32 from 16-bit blocks: one
-// product, exact factors. float64: cuBLAS on an upcast copy (Hopper multiplies float64 on tensor
-// cores).
+// product, exact factors. Both in sums of at most 512 rows. float64: cuBLAS on an upcast copy
+// (Hopper multiplies float64 on tensor cores).
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -49,10 +49,10 @@ void gram_exact_factors(const at::Tensor& X, at::Tensor& G) {
   const int64_t strip = columns < 2 * kStrip ? columns : kStrip;
   for (int64_t start = 0; start < columns; start += strip) {
     const int64_t some = std::min(strip, columns - start);
-    multiply(X.scalar_type(), batch, some, columns - start, rows, 1.0,
-             {data + start, columns, rows * columns, true}, {data + start, columns, rows * columns},
-             0.0, G.mutable_data_ptr<float>() + start * columns + start, columns,
-             columns * columns);
+    const Operand block{data + start, columns, rows * columns};
+    multiply_blocks(X.scalar_type(), batch, some, columns - start, rows, block, block,
+                    G.mutable_data_ptr<float>() + start * columns + start, columns,
+                    columns * columns);
   }
   C10_CUDA_CHECK(launch_mirror(G.mutable_data_ptr<float>(), batch, columns,
                                c10::cuda::getCurrentCUDAStream()));

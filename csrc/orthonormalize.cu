@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Orthonormal columns by Cholesky QR, repeated, with no word to the host.
+// Orthonormal columns by Cholesky QR, repeated until a Gram matrix is nearly the identity.
 //
-// A pass: scale columns, G = X^T X with unit diagonal, G = L L^T with pivots no smaller than a
-// floor, X <- X D L^-T. Where a pivot is at its floor the column comes out short instead of
-// normalised; the next pass sees its true length and either normalises it, nearly orthogonal by
-// then, or finds that nothing but rounding is left and puts noise in its place. The last pass
-// multiplies by nearly the identity, whose diagonal is applied in float32. Quick is one pass.
+// A pass: scale columns, G = X^T X with unit diagonal, G = L L^T, X <- X D L^-T. A column whose
+// pivot is not above a floor is left out of the factorisation: it loses its part along the columns
+// before it and nothing else. The next pass sees its true length and either normalises it, or finds
+// that nothing but rounding is left and puts noise in its place. The last pass multiplies by nearly
+// the identity, whose diagonal is applied in float32. Quick is one pass, with noise at once.
 //
 // Sources: Yamamoto, Nakatsukasa, Yanagisawa, Fukaya, ETNA 44 (2015), for repeating Cholesky QR;
 // Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, SIAM J. Sci. Comput. 42 (2020), for shifts;
@@ -13,10 +13,12 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <cmath>
+#include <cstring>
 
 #include "checks.h"
 #include "kernels/cholesky.cuh"
@@ -26,26 +28,47 @@
 namespace lorax {
 namespace {
 
-// Off-diagonal sums of a unit-diagonal Gram matrix are wrong by up to about 1e-5 for nearly
-// parallel columns (tensor cores truncate); a pivot must stand clear of that.
+// Errors of the Gram matrix, about 1e-6 of its diagonal, are divided by the pivots. Where other
+// passes follow, a column may keep 1e-6 / 4e-5 of the others; a quick pass trades some of that for
+// directions kept.
 constexpr float kPivotFloor = 4e-5f;
+constexpr float kQuickFloor = 1e-5f;
 
-// A column whose pivot was at the floor and that comes out shorter than this had less than 1.3e-5
-// of its length outside the columns before it: rounding of the products, no direction.
-constexpr float kDeadLength = 2e-3f;
+// A column that was left out and comes out shorter than this (half of its true length) is rounding
+// of the products, no direction.
+constexpr float kDeadLength = 5e-6f;
 
-// The same where no other pass follows and short columns are stretched to unit length: errors of
-// the Gram matrix put up to 5e-3 of the columns before into them.
-constexpr float kMendLength = 0.1f;
+// A Gram matrix this near to the identity leaves a result that is exact to float32's accuracy.
+constexpr float kSettled = 1e-3f;
+
+// A pass takes in the columns of which 6e-3 or more is independent of those before: independent
+// blocks settle in two or three passes, and condition 1e7 or rank two in four of a float32 model.
+constexpr int kMaxPasses = 6;
+constexpr int kCapturedPasses = 5;
 
 enum class Pass {
-  kFirst,  // what comes next sees to short columns
+  kMore,   // what comes next sees to columns left out
   kLast,   // nearly the identity: to full accuracy
-  kOnly,   // short columns are seen to here
+  kQuick,  // columns left out are seen to here
 };
 
-at::Tensor make_pass(const at::Tensor& X, float dead, uint32_t seed, Pass kind) {
-  const bool last = kind == Pass::kLast;
+// Whether G, normalised, is nearly the identity for every matrix. Waits for the device.
+bool is_settled(const at::Tensor& G, c10::cuda::CUDAStream stream) {
+  const at::Tensor largest = at::zeros({1}, G.options().dtype(at::kInt));
+  auto* bits = reinterpret_cast<uint32_t*>(largest.mutable_data_ptr<int32_t>());
+  C10_CUDA_CHECK(
+      launch_off_diagonal(G.const_data_ptr<float>(), bits, G.size(0), G.size(1), stream));
+  uint32_t found = 0;
+  C10_CUDA_CHECK(cudaMemcpyAsync(&found, bits, sizeof(found), cudaMemcpyDeviceToHost, stream));
+  C10_CUDA_CHECK(cudaStreamSynchronize(stream));
+  float value;
+  std::memcpy(&value, &found, sizeof(value));
+  return value < kSettled;
+}
+
+// One pass. With `ask`, kMore becomes kLast where the Gram matrices allow; `kind` says which it
+// was.
+at::Tensor make_pass(const at::Tensor& X, float dead, uint32_t seed, bool ask, Pass& kind) {
   const int64_t batch = X.size(0), rows = X.size(1), columns = X.size(2);
   const int64_t extent = factor_extent(columns), padded = padded_columns(columns);
   const auto stream = c10::cuda::getCurrentCUDAStream();
@@ -61,11 +84,13 @@ at::Tensor make_pass(const at::Tensor& X, float dead, uint32_t seed, Pass kind) 
                                   G.mutable_data_ptr<float>(), normalizer.mutable_data_ptr<float>(),
                                   batch, columns, extent, stream));
   }
+  if (ask && is_settled(G, stream)) kind = Pass::kLast;
+  const bool last = kind == Pass::kLast;
   {
     const at::Tensor steps = at::empty({batch, step_elements(extent)}, options);
-    C10_CUDA_CHECK(launch_cholesky_inverse(G.mutable_data_ptr<float>(),
-                                           steps.mutable_data_ptr<float>(), batch, extent,
-                                           kPivotFloor, stream));
+    C10_CUDA_CHECK(
+        launch_cholesky_inverse(G.mutable_data_ptr<float>(), steps.mutable_data_ptr<float>(), batch,
+                                extent, kind == Pass::kQuick ? kQuickFloor : kPivotFloor, stream));
   }
   at::Tensor stack = at::empty({batch, 2, padded, padded}, pieces.data.options());
   at::Tensor gain = at::empty({batch, columns}, options);
@@ -81,10 +106,12 @@ at::Tensor make_pass(const at::Tensor& X, float dead, uint32_t seed, Pass kind) 
   }
   multiply_pieces(pieces, stack, std::ldexp(1.0, -kPieceExponent - kTriangleExponent),
                   last ? 1.0 : 0.0, Q);
-  if (kind == Pass::kOnly) {
-    C10_CUDA_CHECK(launch_mend_columns(G.const_data_ptr<float>(), Q.mutable_data_ptr<float>(),
-                                       batch, rows, columns, extent, kPivotFloor, kMendLength,
-                                       seed + 1, stream));
+  if (kind == Pass::kQuick) {
+    const ColumnScales found = column_scales(Q, 0.f);
+    C10_CUDA_CHECK(
+        launch_mend_columns(G.const_data_ptr<float>(), found.scale.const_data_ptr<float>(),
+                            found.square.const_data_ptr<float>(), Q.mutable_data_ptr<float>(),
+                            batch, rows, columns, extent, seed + 1, stream));
   }
   return Q;
 }
@@ -96,13 +123,14 @@ at::Tensor orthonormalize(const at::Tensor& X, bool quick) {
   const c10::cuda::CUDAGuard guard(X.device());
   at::Tensor Q = X.contiguous();
   if (Q.numel() == 0) return at::empty_like(Q);
-  if (quick) return make_pass(Q, 0.f, 0, Pass::kOnly);
-  // Two passes do for independent columns; the third is for dependent ones, whose remainder the
-  // first two find to be noise. Fresh noise in a nearly square block takes a fourth.
-  const int passes = 4 * X.size(2) <= X.size(1) ? 3 : 4;
-  for (int p = 0; p < passes; ++p) {
+  Pass kind = Pass::kQuick;
+  if (quick) return make_pass(Q, 0.f, 0, false, kind);
+  const bool captured = is_capturing(c10::cuda::getCurrentCUDAStream());
+  const int passes = captured ? kCapturedPasses : kMaxPasses;
+  for (int p = 0; kind != Pass::kLast; ++p) {
+    kind = p == passes - 1 ? Pass::kLast : Pass::kMore;
     Q = make_pass(Q, p == 0 ? 0.f : kDeadLength, static_cast<uint32_t>(p),
-                  p == passes - 1 ? Pass::kLast : Pass::kFirst);
+                  !captured && kind == Pass::kMore, kind);
   }
   return Q;
 }

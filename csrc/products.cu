@@ -5,11 +5,19 @@
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <algorithm>
+
 #include "checks.h"
 #include "kernels/columns.cuh"
 #include "products.h"
 
 namespace lorax {
+namespace {
+
+// Rows that tensor cores sum before ordinary arithmetic takes over.
+constexpr int64_t kSumRows = 512;
+
+}  // namespace
 
 void multiply(at::ScalarType type, int64_t batch, int64_t rows, int64_t columns, int64_t inner,
               double alpha, Operand A, Operand B, double beta, void* C, int64_t C_row_stride,
@@ -31,6 +39,20 @@ void multiply(at::ScalarType type, int64_t batch, int64_t rows, int64_t columns,
       handle, op_B, op_A, columns, rows, inner, &alpha32, B.data, data_type, B.row_stride,
       B.batch_stride, A.data, data_type, A.row_stride, A.batch_stride, &beta32, C, CUDA_R_32F,
       C_row_stride, C_batch_stride, batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+}
+
+void multiply_blocks(at::ScalarType type, int64_t batch, int64_t rows, int64_t columns,
+                     int64_t inner, const Operand& A, const Operand& B, float* C,
+                     int64_t C_row_stride, int64_t C_batch_stride) {
+  const auto at_row = [](const Operand& X, int64_t row, bool transposed) {
+    return Operand{static_cast<const uint16_t*>(X.data) + row * X.row_stride, X.row_stride,
+                   X.batch_stride, transposed};
+  };
+  for (int64_t start = 0; start < inner; start += kSumRows) {
+    multiply(type, batch, rows, columns, std::min(kSumRows, inner - start), 1.0,
+             at_row(A, start, true), at_row(B, start, false), start == 0 ? 0.0 : 1.0, C,
+             C_row_stride, C_batch_stride);
+  }
 }
 
 const uint32_t* scale_bits(const at::Tensor& largest) {
@@ -116,10 +138,8 @@ Pieces column_pieces(const at::Tensor& X, const at::Tensor& scale, uint32_t seed
 at::Tensor piece_products(const Pieces& pieces) {
   const int64_t batch = pieces.data.size(0), padded = pieces.padded();
   at::Tensor T = at::empty({batch, padded, 2 * padded}, pieces.data.options().dtype(at::kFloat));
-  Operand left = pieces.piece(0);
-  left.transposed = true;
-  multiply(at::kHalf, batch, padded, 2 * padded, pieces.rows(), 1.0, left, pieces.piece(0), 0.0,
-           T.mutable_data_ptr(), 2 * padded, padded * 2 * padded);
+  multiply_blocks(at::kHalf, batch, padded, 2 * padded, pieces.rows(), pieces.piece(0),
+                  pieces.piece(0), T.mutable_data_ptr<float>(), 2 * padded, padded * 2 * padded);
   return T;
 }
 

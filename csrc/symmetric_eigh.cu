@@ -101,12 +101,6 @@ State& state_of(const Solver& solver, int device, cudaStream_t stream) {
 // Up to here cuSOLVER keeps a matrix in one CTA's shared memory, in one kernel.
 constexpr int64_t kLibraryColumns = 128;
 
-bool is_capturing(cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  C10_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
-  return status != cudaStreamCaptureStatusNone;
-}
-
 // Sweeps until every matrix has settled. The next sweep is queued before the count of the last one
 // is looked at, so that the device does not wait for the host; at most one sweep is for nothing.
 void sweep(const Jacobi& state, const at::TensorOptions& options, c10::cuda::CUDAStream stream) {

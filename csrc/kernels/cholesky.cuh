@@ -21,6 +21,12 @@ constexpr int kWorkStride = kTile + 1;  // odd: a warp reads a column without co
 constexpr int kFactorBytes =
     static_cast<int>(sizeof(float)) * (2 * kTileElements + kTile * kWorkStride + kHalf * kHalf);
 
+// What stands on the diagonal of L^-1 for a column that is left out; kept ones have 1 or more
+// there, because pivots of a unit diagonal never exceed 1.
+constexpr float kLeftOut = 0.5f;
+
+__device__ inline bool left_out(float diagonal) { return diagonal < 0.75f; }
+
 // What a step hands from launch to launch, for each matrix of t tiles a side.
 //   slots  t tiles: block row or column of each other block, as the updates want it; M_kk for k
 //   MT     1 tile:  M_kk transposed
@@ -28,8 +34,10 @@ inline int64_t step_elements(int64_t extent) { return (extent / kTile + 1) * kTi
 
 /// One warp: the 32 x 32 block at `work` becomes its lower factor L; MT gets (L^-1)^T.
 ///
-/// A pivot at or below `floor` is replaced by it: the column it belongs to is then shortened, not
-/// normalised, and what follows stays finite.
+/// A column whose pivot is not above `floor` is left out: nothing is eliminated with it, and its
+/// own row of L^-1 is half of what is left of it, unnormalised. Dividing by a replaced pivot
+/// instead let the errors of dependent columns multiply from one to the next, to overflow at 130 of
+/// them.
 __device__ inline void factor_half(float* work, float* MT, float floor) {
   const int lane = threadIdx.x % 32;
   float a[kHalf];
@@ -38,14 +46,15 @@ __device__ inline void factor_half(float* work, float* MT, float floor) {
   float reciprocal = 0.f;
 #pragma unroll
   for (int k = 0; k < kHalf; ++k) {
-    float pivot = __shfl_sync(0xffffffffu, a[k], k);
-    pivot = pivot > floor ? pivot : floor;
-    const float inverse = 1.f / sqrtf(pivot);
+    const float pivot = __shfl_sync(0xffffffffu, a[k], k);
+    const bool kept = pivot > floor;
+    const float inverse = kept ? 1.f / sqrtf(pivot) : kLeftOut;
     if (lane == k) {
-      a[k] = pivot;
+      a[k] = 1.f / inverse;
       reciprocal = inverse;
+    } else {
+      a[k] = kept ? a[k] * inverse : 0.f;
     }
-    a[k] *= inverse;
 #pragma unroll
     for (int j = k + 1; j < kHalf; ++j) a[j] -= a[k] * __shfl_sync(0xffffffffu, a[k], j);
   }
@@ -83,8 +92,8 @@ __device__ inline void factor_tile(float* work, float* M, float* MT, float* spar
     b[1] = fmaf(x, MT[p * kTile + j + 1], b[1]);
   }
   __syncthreads();
-  lower[i * kWorkStride + j] = b[0];
-  lower[i * kWorkStride + j + 1] = b[1];
+  lower[i * kWorkStride + j] = left_out(MT[j * kTile + j]) ? 0.f : b[0];
+  lower[i * kWorkStride + j + 1] = left_out(MT[(j + 1) * kTile + j + 1]) ? 0.f : b[1];
   __syncthreads();
   float c[2] = {0.f, 0.f}, u[2] = {0.f, 0.f};
 #pragma unroll 8
@@ -150,7 +159,7 @@ static __global__ void __launch_bounds__(kFactorThreads)
 }
 
 /// Slots of block k: left of the diagonal the rows of the inverse, T_kj <- M_k T_kj; below it the
-/// panel, (L_ik)^T = M_k A_ik^T.
+/// panel, (L_ik)^T = M_k A_ik^T, without what is left out.
 ///
 /// A      (batch, extent, extent)      float32
 /// steps  (batch, tiles + 1, 64, 64)   float32
@@ -188,6 +197,14 @@ static __global__ void __launch_bounds__(kTileThreads)
   const TilePlace at(t);
   float sum[4][4];
   tile_product(MT, right, at, sum);
+  if (i > k) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      if (!left_out(MT[(at.row + r) * kTile + at.row + r])) continue;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) sum[r][c] = 0.f;
+    }
+  }
   store_rows(slots + i * kTileElements, kTile, at, sum);
   if (i < k) store_rows(row_k, extent, at, sum);
 }
@@ -235,8 +252,9 @@ static __global__ void __launch_bounds__(kTileThreads)
 inline int64_t factor_extent(int64_t columns) { return round_up(columns, kTile); }
 
 // The lower triangle of each A (batch, extent, extent), symmetric with a unit diagonal, becomes
-// M = L^-1; the upper one is not read above its diagonal tiles. Pivots are at least `floor`.
-// `steps` is scratch of batch * step_elements(extent) floats.
+// M = L^-1; the upper one is not read above its diagonal tiles. Columns with pivots up to `floor`
+// are left out: 1/2 on the diagonal of M. `steps` is scratch of batch * step_elements(extent)
+// floats.
 inline cudaError_t launch_cholesky_inverse(float* A, float* steps, int64_t batch, int64_t extent,
                                            float floor, cudaStream_t stream) {
   const cudaError_t status = cudaFuncSetAttribute(
@@ -257,53 +275,78 @@ inline cudaError_t launch_cholesky_inverse(float* A, float* steps, int64_t batch
 }
 
 constexpr int kMendThreadsX = 32;
-constexpr int kMendThreadsY = 32;
+constexpr int kMendThreadsY = 8;
+constexpr int kMendRows = 256;  // rows of one CTA
+// Independent columns come out within a percent of unit length.
+constexpr float kMendShorter = 0.8f;
+constexpr float kMendLonger = 1.25f;
 
-/// Gives columns whose pivot was at the floor unit length, after a pass whose result is final:
-/// rescaled where they have a direction of their own, noise where they have none.
+/// Q[b][:, j] = noise of about unit length where column j was left out or did not come out at unit
+/// length, after a pass whose result is final.
 ///
-/// M  (batch, extent, extent) float32, from the factorisation with this floor
-/// Q  (batch, rows, columns)  float32, in place; mostly not touched
-static __global__ void mend_columns_kernel(const float* __restrict__ M, float* __restrict__ Q,
+/// What is left of such columns is nearly dependent on other ones: a pivot that is an error of the
+/// Gram matrix betrays itself by the length that it leads to. NaN stays.
+///
+/// M       (batch, extent, extent) float32, from the factorisation
+/// scale   (batch, columns)        float32, of Q, from column_scales_kernel
+/// square  (batch, columns)        float32, of Q, from column_scales_kernel
+/// Q       (batch, rows, columns)  float32, in place; mostly not touched
+static __global__ void mend_columns_kernel(const float* __restrict__ M,
+                                           const float* __restrict__ scale,
+                                           const float* __restrict__ square, float* __restrict__ Q,
                                            int64_t rows, int64_t columns, int64_t extent,
-                                           float floor, float dead, uint32_t seed) {
+                                           uint32_t seed) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kMendThreadsX + threadIdx.x;
-  const int64_t batch = blockIdx.y;
-  bool is_short = false;
-  if (column < columns) {
-    const float m = M[batch * extent * extent + column * extent + column];
-    is_short = m * m * floor > 0.999f;
-  }
-  if (!__syncthreads_or(is_short)) return;
-  __shared__ double sums[kMendThreadsY][kMendThreadsX + 1];
-  float* q = Q + batch * rows * columns + column;
-  double sum = 0;
-  if (is_short) {
-    for (int64_t row = threadIdx.y; row < rows; row += kMendThreadsY) {
-      const double x = q[row * columns];
-      sum += x * x;
-    }
-  }
-  sums[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (!is_short) return;
-  sum = 0;
-  for (int y = 0; y < kMendThreadsY; ++y) sum += sums[y][threadIdx.x];
-  const float length = static_cast<float>(sqrt(sum));
+  if (column >= columns) return;
+  const int64_t batch = blockIdx.z;
+  const float square_now = square[batch * columns + column];
+  const float length =
+      sqrtf(square_now) * scalbnf(1.f / scale[batch * columns + column], kPieceExponent);
+  const bool wrong = square_now < 0.f || length < kMendShorter || length > kMendLonger;
+  const bool left = left_out(M[batch * extent * extent + column * extent + column]);
+  if (isnan(square_now) || !(left || wrong)) return;
   const float amplitude = sqrtf(3.f / static_cast<float>(rows));
-  for (int64_t row = threadIdx.y; row < rows; row += kMendThreadsY) {
-    q[row * columns] =
-        length > dead ? q[row * columns] / length : amplitude * position_noise(row, column, seed);
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * kMendRows;
+  const int64_t last = first + kMendRows < rows ? first + kMendRows : rows;
+  for (int64_t row = first + threadIdx.y; row < last; row += kMendThreadsY) {
+    Q[(batch * rows + row) * columns + column] = amplitude * position_noise(row, column, seed);
   }
 }
 
-inline cudaError_t launch_mend_columns(const float* M, float* Q, int64_t batch, int64_t rows,
-                                       int64_t columns, int64_t extent, float floor, float dead,
-                                       uint32_t seed, cudaStream_t stream) {
+inline cudaError_t launch_mend_columns(const float* M, const float* scale, const float* square,
+                                       float* Q, int64_t batch, int64_t rows, int64_t columns,
+                                       int64_t extent, uint32_t seed, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(columns, kMendThreadsX)),
-                  static_cast<unsigned>(batch));
+                  static_cast<unsigned>(ceil_div(rows, kMendRows)), static_cast<unsigned>(batch));
   mend_columns_kernel<<<grid, dim3(kMendThreadsX, kMendThreadsY), 0, stream>>>(
-      M, Q, rows, columns, extent, floor, dead, seed);
+      M, scale, square, Q, rows, columns, extent, seed);
+  return cudaGetLastError();
+}
+
+/// largest[0] = max over b and i > j of |G[b][i][j]|, as bits; NaN counts as above all.
+///
+/// G        (batch, extent, extent) float32, symmetric
+/// largest  (1,)                    zero before
+static __global__ void off_diagonal_kernel(const float* __restrict__ G,
+                                           uint32_t* __restrict__ largest, int64_t extent) {
+  const int64_t row = blockIdx.x;
+  const float* g = G + (static_cast<int64_t>(blockIdx.y) * extent + row) * extent;
+  uint32_t seen = 0;
+  for (int64_t c = threadIdx.x; c < row; c += 32) {
+    // Bit patterns of non-negative numbers are ordered as the numbers are, NaN above all.
+    seen = max(seen, __float_as_uint(g[c]) & 0x7fffffffu);
+  }
+  seen = __reduce_max_sync(0xffffffffu, seen);
+  // A read first: most rows do not raise the maximum, and atomics on one address queue up.
+  if (threadIdx.x == 0 && seen > *static_cast<volatile uint32_t*>(largest)) {
+    atomicMax(largest, seen);
+  }
+}
+
+inline cudaError_t launch_off_diagonal(const float* G, uint32_t* largest, int64_t batch,
+                                       int64_t extent, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(extent), static_cast<unsigned>(batch));
+  off_diagonal_kernel<<<grid, 32, 0, stream>>>(G, largest, extent);
   return cudaGetLastError();
 }
 

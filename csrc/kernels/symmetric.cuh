@@ -13,6 +13,7 @@ constexpr int kMirrorRows = 8;
 // float16 pieces of a triangular inverse: entries up to 2^13 are represented, and everything from
 // 2^-28 on. Entries stay near sqrt(l / pivot floor) < 2^12.
 constexpr int kTriangleExponent = 3;
+constexpr float kLargestHalf = 65504.f;
 
 /// Makes G[b] symmetric to the last bit: the upper triangle is copied over the lower one.
 ///
@@ -153,7 +154,10 @@ __global__ void triangle_pieces_kernel(const float* __restrict__ M,
         v = 0.f;
       }
     }
+    // Past float16's range only where columns are dependent: later passes repair a wrong factor,
+    // none an infinite one. NaN stays.
     v = scalbnf(v, kTriangleExponent);
+    v = v > kLargestHalf ? kLargestHalf : (v < -kLargestHalf ? -kLargestHalf : v);
     __half piece;
     to_piece(v, &piece);
     first[i * padded + j] = piece;

@@ -219,6 +219,27 @@ def test_orthonormalize_hard(backend: str, n_l: tuple[int, int], name: str) -> N
     assert cases.orthogonality(Q) < cases.ORTHONORMAL_TOLERANCE
 
 
+def test_orthonormalize_in_a_graph() -> None:
+    """A captured call, which cannot ask whether it has settled, still settles."""
+    X = cases.hard_blocks(300, 96, device="cuda")["condition 1e7"]
+    ops.orthonormalize(X, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        Q = ops.orthonormalize(X, backend="cuda")
+    graph.replay()
+    torch.cuda.synchronize()
+    assert cases.orthogonality(Q) < cases.ORTHONORMAL_TOLERANCE
+
+
+@pytest.mark.parametrize("quick", [False, True], ids=["full", "quick"])
+def test_orthonormalize_keeps_nan(quick: bool) -> None:
+    X = _normal(2, 131, 40)
+    X[0, 3, 5] = float("nan")
+    Q = ops.orthonormalize(X, quick=quick, backend="cuda")
+    assert Q[0].isnan().any()
+    assert Q[1].isfinite().all()
+
+
 def test_orthonormalize_does_not_depend_on_the_batch(backend: str) -> None:
     X = torch.cat([cases.hard_blocks(200, 50, device="cuda")[n] for n in ("normal", "rank two")])
     together = ops.orthonormalize(X, backend=backend)

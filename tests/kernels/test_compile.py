@@ -29,7 +29,8 @@ void use(float* f, double* d, uint32_t* u, __half* h, __nv_bfloat16* b, Jacobi j
   launch_combine(f, f, f, f, f, 1, 1, 64, 0);
   launch_triangle_pieces(f, f, h, f, 1, 1, 64, 0);
   launch_cholesky_inverse(f, f, 1, 64, 0, 0);
-  launch_mend_columns(f, f, 1, 1, 1, 1, 1, 1, 1, 0);
+  launch_mend_columns(f, f, f, f, 1, 1, 1, 64, 1, 0);
+  launch_off_diagonal(f, u, 1, 64, 0);
   launch_jacobi_start(j, f, 1, 0);
   launch_jacobi_sweep(j, 0, i, 0);
   launch_shift(f, f, f, f, f, 1, 1, 0);

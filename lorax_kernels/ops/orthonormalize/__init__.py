@@ -20,7 +20,7 @@ _backends.register(
     "orthonormalize",
     _backends.Kernel(
         torch.ops.lorax_kernels.orthonormalize,
-        "any size; Cholesky QR of float16 pieces, three or four passes, one if quick",
+        "any size; Cholesky QR of float16 pieces, two to six passes, one if quick",
     ),
 )
 _backends.register(
@@ -37,8 +37,8 @@ def orthonormalize(X: torch.Tensor, *, quick: bool = False, backend: str = "auto
         X: `(b, n, l)` with `l <= n`; float32. Columns may differ in scale by any factor and may be
             dependent: the result is orthonormal all the same.
         quick: well-conditioned columns will do, as between two products of an iteration. One pass
-            instead of three or four; columns of which less than about a thousandth is independent
-            of those before them are replaced.
+            instead of two to six, and nothing waits for the device; columns of which less than
+            about a three-hundredth is independent of those before them are replaced.
         backend: "auto", "cuda", "triton" or "reference".
 
     Returns:
