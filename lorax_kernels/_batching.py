@@ -74,7 +74,8 @@ def stack(
         ValueError: a matrix holds NaN or Inf.
     """
     first = matrices[chunk[0]]
-    largest = torch.stack([matrices[i].abs().amax() for i in chunk]).double()
+    extremes = [torch.aminmax(matrices[i]) for i in chunk]
+    largest = torch.stack([torch.maximum(-e.min, e.max) for e in extremes]).double()
     if not bool(largest.isfinite().all()):
         bad = chunk[int((~largest.isfinite()).nonzero()[0])]
         raise ValueError(f"matrix {bad} holds NaN or Inf; no SVD exists")

@@ -62,6 +62,8 @@ class Operator:
     flipped: bool
     G: Stack | None  # (b, n, n), where iterating on the Gram matrix is cheaper
     backend: str
+    # Which of W's matrices these are, where the Gram matrix spares copying the weights meanwhile.
+    index: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -75,11 +77,11 @@ class Operator:
 
     def forward(self, X: torch.Tensor, pieces: int) -> torch.Tensor:
         """`W X`, from the short side to the long one."""
-        return self.W.times(X, self.flipped, pieces, self.backend)
+        return self._weights().times(X, self.flipped, pieces, self.backend)
 
     def backward(self, Y: torch.Tensor, pieces: int) -> torch.Tensor:
         """`W^T Y`, from the long side to the short one."""
-        return self.W.times(Y, not self.flipped, pieces, self.backend)
+        return self._weights().times(Y, not self.flipped, pieces, self.backend)
 
     def apply(self, X: torch.Tensor, pieces: int = 1) -> torch.Tensor:
         """`A X`; with one piece to the accuracy that a filter step needs."""
@@ -89,9 +91,14 @@ class Operator:
 
     def on_weights(self) -> "Operator":
         """The same without the Gram matrix."""
-        return replace(self, G=None)
+        return replace(self, W=self._weights(), G=None, index=None)
+
+    def _weights(self) -> Stack:
+        return self.W if self.index is None else self.W[self.index]
 
     def __getitem__(self, index: torch.Tensor) -> "Operator":
         """The operators of the matrices that `index` names."""
-        G = None if self.G is None else self.G[index]
-        return replace(self, W=self.W[index], G=G)
+        if self.G is None:
+            return replace(self, W=self.W[index])
+        composed = index if self.index is None else self.index[index]
+        return replace(self, G=self.G[index], index=composed)
