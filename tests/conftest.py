@@ -11,6 +11,10 @@ _SEED = 42
 _PACKAGE = "lorax_kernels"
 
 
+# Test matrices are small: a second thread gains nothing on them, and costs much on a busy machine.
+torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
