@@ -9,10 +9,11 @@ from typing import overload
 import torch
 
 from . import ops
-from .product import svd_product
+from ._factors import check_factors, recompress
+from ._rotation import rotate_subspace
 from .svd_types import SVD
 
-METHODS = ("lorax", "prolora", "copy")
+METHODS = ("lorax", "prolora", "transport", "copy")
 
 
 class UnvalidatedTransferWarning(UserWarning):
@@ -56,15 +57,18 @@ def transfer_lora(
       `dW_t = U_t (U_s^T dW V_s) V_t^T`, with the signs that `truncated_svd` fixes.
     - "prolora": `dW_t = P_t P_s dW P_s' P_t' + Q_t Q_s dW Q_s' Q_t'`, rank `2r`, recompressed to
       the best rank `r`.
+    - "transport": `dW_t = R_U dW R_V^T`, with `R_U` the smallest rotation that carries
+      `span(U_s)` onto `span(U_t)` and `R_V` likewise: no energy is lost, and it is copy where the
+      subspaces agree.
     - "copy": the factors as they are.
 
     Args:
         lora_B: `(m, r)`, any floating dtype; or a list, a layer an entry.
         lora_A: `(r, n)`; or a list.
         target: truncated SVD of the target's weight `(m_t, n_t)`; or a list.
-        source: truncated SVD of the source's weight `(m, n)`; needed for "prolora" and where
-            shapes differ.
-        method: "lorax", "prolora" or "copy".
+        source: truncated SVD of the source's weight `(m, n)`; needed for "prolora" and "transport"
+            and where shapes differ. Where ranks differ, the leading ones of both are used.
+        method: "lorax", "prolora", "transport" or "copy".
         backend: "auto", "cuda", "triton" or "reference".
 
     Returns:
@@ -85,7 +89,8 @@ def transfer_lora(
         (torch.Size([8, 2]), torch.Size([2, 6]))
 
     "lorax" is the transfer of LoRA-X (Farhadzadeh et al., ICLR 2025, arXiv 2501.16559), "prolora"
-    that of ProLoRA (ICML 2025, arXiv 2506.04244).
+    that of ProLoRA (ICML 2025, arXiv 2506.04244); "transport" is this project's. docs/methods.md
+    compares them.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
@@ -104,6 +109,8 @@ def transfer_lora(
         return [B.clone() for B in layers.B], [A.clone() for A in layers.A]
     if method == "prolora":
         return _prolora(layers, backend)
+    if method == "transport":
+        return _transport(layers, backend)
     return _lorax(layers, backend)
 
 
@@ -127,12 +134,8 @@ def _layers(
     lengths = [len(lora_B), len(lora_A), len(target)] + ([] if sources is None else [len(sources)])
     if len(set(lengths)) > 1:
         raise ValueError(f"one entry a layer is needed in every list, got lengths {lengths}")
+    check_factors(lora_B, lora_A)
     for i, (B, A) in enumerate(zip(lora_B, lora_A, strict=True)):
-        if B.dim() != 2 or A.dim() != 2 or B.shape[1] != A.shape[0]:
-            raise ValueError(
-                f"layer {i}: factors must be (m, r) and (r, n), got {tuple(B.shape)} and "
-                f"{tuple(A.shape)}"
-            )
         if sources is not None:
             svd = sources[i]
             if (svd.U.shape[0], svd.V.shape[0]) != (B.shape[0], A.shape[1]):
@@ -153,8 +156,8 @@ def _layers(
             f"{(layers.B[i].shape[0], layers.A[i].shape[1])} to "
             f"{(layers.target[i].U.shape[0], layers.target[i].V.shape[0])}; only 'lorax' is defined"
         )
-    if sources is None and (changed or method == "prolora"):
-        why = "where shapes differ" if changed else "by method 'prolora'"
+    if sources is None and (changed or method in ("prolora", "transport")):
+        why = "where shapes differ" if changed else f"by method {method!r}"
         raise ValueError(f"the source's SVD is needed {why}; give source=")
     if changed:
         warnings.warn(
@@ -198,18 +201,19 @@ def _prolora(layers: _Layers, backend: str) -> tuple[list[torch.Tensor], list[to
     inside_A, outside_A = both(blocks_A, [s.V for s in layers.source], [t.V for t in layers.target])
     wide = [torch.cat(pair, dim=1) for pair in zip(inside_B, outside_B, strict=True)]
     tall = [torch.cat(pair, dim=1).mT for pair in zip(inside_A, outside_A, strict=True)]
-    lora_B, lora_A = [], []
-    products = svd_product(wide, tall, backend=backend)
-    for svd, B, A in zip(products, layers.B, layers.A, strict=True):
-        svd = svd.truncate(min(B.shape[1], svd.rank))
-        root = svd.S.sqrt()
-        # A rank beyond the update's own stays in the file's shape, as zeros.
-        new_B, new_A = B.new_zeros(B.shape), A.new_zeros(A.shape)
-        new_B[:, : svd.rank] = (svd.U * root).to(B.dtype)
-        new_A[: svd.rank] = (svd.V * root).mT.to(A.dtype)
-        lora_B.append(new_B)
-        lora_A.append(new_A)
-    return lora_B, lora_A
+    ranks = [B.shape[1] for B in layers.B]
+    return recompress(wide, tall, layers.B, layers.A, ranks, backend)
+
+
+def _transport(layers: _Layers, backend: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    pairs = []
+    for source, target in zip(layers.source, layers.target, strict=True):
+        k = min(source.rank, target.rank)
+        pairs.append((source.truncate(k), target.truncate(k)))
+    B = rotate_subspace(layers.B, [s.U for s, _ in pairs], [t.U for _, t in pairs], backend)
+    columns = [A.mT for A in layers.A]
+    A = rotate_subspace(columns, [s.V for s, _ in pairs], [t.V for _, t in pairs], backend)
+    return B, [a.mT.contiguous() for a in A]
 
 
 def transfer_core(C: torch.Tensor, source: SVD, target: SVD) -> torch.Tensor:

@@ -66,3 +66,25 @@ def best_rank(dW, r):
 def similarity(source, target):
     """phi = ||U_s^T U_t||_F^2 / k."""
     return float((source.T.double() @ target.double()).norm() ** 2 / source.shape[1])
+
+
+def direct_rotation(source, target):
+    """(P_t P_s + Q_t Q_s) (I - (P_s - P_t)^2)^(-1/2), Davis and Kahan 1970; no right angles."""
+    P_s, P_t = projector(source), projector(target)
+    one = torch.eye(len(P_s), dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(one - (P_s - P_t) @ (P_s - P_t))
+    root = vectors * values.rsqrt() @ vectors.T
+    return (P_t @ P_s + (one - P_t) @ (one - P_s)) @ root
+
+
+def anchor(dW, B, A, drift, sides, strength):
+    """dW - w D P_A, dW - w P_B D, dW - w (D - Q_B D Q_A)."""
+    D = drift.double()
+    right = torch.linalg.pinv(A.double()) @ A.double()
+    left = B.double() @ torch.linalg.pinv(B.double())
+    undone = {
+        "input": D @ right,
+        "output": left @ D,
+        "both": D - (torch.eye(len(left)) - left) @ D @ (torch.eye(len(right)) - right),
+    }
+    return dW.double() - strength * undone[sides]

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A transfer that takes the largest part of the target's own training back."""
+
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+
+from ._factors import Layers, recompress
+from .svd_diff import svd_diff
+from .svd_types import SVD
+
+
+@overload
+def restore_lora(
+    lora_B: torch.Tensor,
+    lora_A: torch.Tensor,
+    source: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    scale: float = ...,
+    strength: float = ...,
+    directions: int = ...,
+    rank: int | None = ...,
+    backend: str = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def restore_lora(
+    lora_B: Sequence[torch.Tensor],
+    lora_A: Sequence[torch.Tensor],
+    source: Sequence[torch.Tensor],
+    target: Sequence[torch.Tensor],
+    *,
+    scale: float | Sequence[float] = ...,
+    strength: float = ...,
+    directions: int = ...,
+    rank: int | None = ...,
+    backend: str = ...,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]: ...
+@torch.no_grad()
+def restore_lora(
+    lora_B: torch.Tensor | Sequence[torch.Tensor],
+    lora_A: torch.Tensor | Sequence[torch.Tensor],
+    source: torch.Tensor | Sequence[torch.Tensor],
+    target: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    scale: float | Sequence[float] = 1.0,
+    strength: float = 1.0,
+    directions: int = 16,
+    rank: int | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Undoes the largest directions of the drift beside the adapter.
+
+    `s B A - w [W_t - W_s]_q`, with `[.]_q` the truncated SVD of rank `q`. Taken far enough this
+    gives back the source with its adapter: *the target's own training is undone*, and what it was
+    trained for is lost with it. It is copy where the weights are equal, and at strength 0.
+
+    Args:
+        lora_B: `(m, r)`, any floating dtype; or a list, a layer an entry.
+        lora_A: `(r, n)`; or a list.
+        source: the source's weight `W_s` `(m, n)`; or a list.
+        target: the target's weight `W_t` `(m, n)`; or a list.
+        scale: `s`, what multiplies `B A` (alpha/r), not zero; for lists one, or one a layer. The
+            result is to be used with the same.
+        strength: `w`, the share of those directions to undo, in [0, 1].
+        directions: `q`, directions of the drift to undo; capped at the shorter side of a weight.
+        rank: rank of the result, by recompression; None for `r + q`, exactly.
+        backend: "auto", "cuda", "triton" or "reference".
+
+    Returns:
+        `lora_B` `(m, rank)` and `lora_A` `(rank, n)`, or lists, in the dtypes that came in.
+
+    Raises:
+        ValueError: shapes that do not fit, or an argument out of range.
+
+    Warns:
+        ConvergenceWarning: the drift's singular values are too close at the cut.
+
+    Example:
+        >>> W, zero = torch.eye(3), torch.zeros(3, 1)
+        >>> B, A = restore_lora(zero, zero.T, W, 2 * W, directions=3)
+        >>> torch.allclose(2 * W + B @ A, W, atol=1e-6)
+        True
+    """
+    if directions < 1:
+        raise ValueError(f"directions must be at least 1, got {directions}")
+    layers = Layers(lora_B, lora_A, source, target, scale, strength, rank)
+    wide, tall = [], []
+    drifts = _drifts(layers, directions, backend)
+    for (B, A, _, _, s), drift in zip(layers.rows(), drifts, strict=True):
+        root = (strength * drift.S / abs(s)).sqrt()
+        undo = -root if s > 0 else root
+        wide.append(torch.cat([B, (drift.U * undo).to(B.dtype)], dim=1))
+        tall.append(torch.cat([A, (drift.V * root).mT.to(A.dtype)]))
+    if rank is not None:
+        ranks = [rank] * len(wide)
+        return layers.unlisted(recompress(wide, tall, layers.B, layers.A, ranks, backend))
+    return layers.unlisted((wide, tall))
+
+
+def _drifts(layers: Layers, directions: int, backend: str) -> list[SVD]:
+    """Leading triplets of every layer's drift; those of one rank together."""
+    ranks = [min(directions, *W.shape) for W in layers.source]
+    found: dict[int, SVD] = {}
+    for rank in set(ranks):
+        some = [i for i, own in enumerate(ranks) if own == rank]
+        targets, sources = ([x[i] for i in some] for x in (layers.target, layers.source))
+        found.update(zip(some, svd_diff(targets, sources, rank, backend=backend), strict=True))
+    return [found[i] for i in range(len(ranks))]
