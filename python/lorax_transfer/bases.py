@@ -51,12 +51,15 @@ class BasisMaker:
         backend: backend of the kernels.
         workspace: bytes of temporaries that a batch may take.
         cache: directory to keep bases in; None to keep none.
+        is_exact: decompose in float64 and iterate nothing, so that single vectors, and not only
+            the subspace, are the same on every device.
     """
 
     tol: float
     backend: str = "auto"
     workspace: int = 4 << 30
     cache: Path | None = None
+    is_exact: bool = False
 
     def make(
         self,
@@ -88,14 +91,29 @@ class BasisMaker:
         missing = [i for i in range(len(weights)) if i not in found]
         for rank in sorted({ranks[i] for i in missing}):
             group = [i for i in missing if ranks[i] == rank]
-            svds = self._compute(
-                [weights[i] for i in group], rank, energy, [start[i] for i in group]
-            )
-            found.update({i: Basis(svd) for i, svd in zip(group, svds, strict=True)})
-            for i in group:
-                if i in paths:
-                    _write(paths[i], found[i].svd)
+            for part in self._parts(weights, group):
+                svds = self._compute(
+                    [weights[i] for i in part], rank, energy, [start[i] for i in part]
+                )
+                found.update({i: Basis(svd) for i, svd in zip(part, svds, strict=True)})
+                for i in part:
+                    if i in paths:
+                        _write(paths[i], found[i].svd)
         return [found[i] for i in range(len(weights))]
+
+    def _parts(self, weights: Sequence[torch.Tensor], group: list[int]) -> list[list[int]]:
+        """A group cut so that copies in float64 take no more than the workspace."""
+        if not self.is_exact:
+            return [group]
+        parts: list[list[int]] = [[]]
+        size = 0
+        for i in sorted(group, key=lambda i: tuple(weights[i].shape)):
+            size += 8 * weights[i].numel()
+            if parts[-1] and size > self.workspace:
+                parts.append([])
+                size = 8 * weights[i].numel()
+            parts[-1].append(i)
+        return parts
 
     def _compute(
         self,
@@ -107,6 +125,18 @@ class BasisMaker:
         with warnings.catch_warnings():
             # Every basis carries its error, and the report names those above the tolerance.
             warnings.simplefilter("ignore", lk.ConvergenceWarning)
+            if self.is_exact:
+                # A block as wide as the matrix is the exact path.
+                widest = max(min(weight.shape) for weight in weights)
+                return lk.truncated_svd(
+                    [weight.double() for weight in weights],
+                    rank,
+                    energy=energy,
+                    tol=self.tol,
+                    oversample=widest,
+                    backend=self.backend,
+                    workspace=self.workspace,
+                )
             return lk.truncated_svd(
                 weights,
                 rank,
@@ -120,7 +150,8 @@ class BasisMaker:
     def _key(self, weight: torch.Tensor, rank: int, energy: float | None) -> str:
         digest = hashlib.sha256()
         what = [_FORMAT, lk.__version__, list(weight.shape), str(weight.dtype)]
-        digest.update(json.dumps([*what, rank, energy, self.tol]).encode())
+        what += [rank, energy, self.tol] + (["exact"] if self.is_exact else [])
+        digest.update(json.dumps(what).encode())
         data = weight.detach().cpu().contiguous()
         digest.update(data.flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
