@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of the text-to-image model and of its adapters, many runs at a time.
+
+Steps of a model this small are too short to fill a GPU, and launching their kernels takes longer
+than running them. So a step is captured as a CUDA graph, and the graphs of several runs are
+replayed side by side, each on its own stream.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.quality.image_model import Weights, noised, velocity
+
+SLOTS = 16  # batches drawn at a time
+UNCAPTIONED = 0.1  # share of the batch without its caption, which guidance needs
+
+
+@dataclass(frozen=True)
+class Data:
+    """Pictures and captions of a run: `(n, 3, side, side)` and `(n, tokens, width)`."""
+
+    images: torch.Tensor
+    text: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps, examples a step, and the largest learning rate: warmed up, then a cosine to zero."""
+
+    steps: int
+    batch: int
+    lr: float
+    warmup: int = 50
+
+    def rate(self, step: int) -> float:
+        """The learning rate of one step."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        return self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+class Run:
+    """One training run.
+
+    Args:
+        unet: the structure.
+        parameters: what is trained, changed in place; leaf tensors in float32.
+        realise: all weights of the U-Net, in the dtype of the computation, from `parameters`.
+        data: pictures and captions.
+        schedule: steps, batch and learning rate.
+        seed: of the batches, noise and times.
+    """
+
+    def __init__(
+        self,
+        unet: torch.nn.Module,
+        parameters: dict[str, torch.Tensor],
+        realise: Callable[[Weights], Weights],
+        data: Data,
+        schedule: Schedule,
+        seed: int,
+    ) -> None:
+        self.unet, self.parameters, self.realise = unet, parameters, realise
+        self.data, self.schedule = data, schedule
+        self.device = data.images.device
+        self.on_gpu = self.device.type == "cuda"
+        for value in parameters.values():
+            value.requires_grad_(True)
+        rate = torch.zeros((), device=self.device) if self.on_gpu else 0.0
+        self.optimizer = torch.optim.AdamW(
+            parameters.values(), lr=rate, weight_decay=0.0, fused=True, capturable=self.on_gpu
+        )
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.stream = torch.cuda.Stream() if self.on_gpu else None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.done = 0
+        shape = (SLOTS, schedule.batch)
+        self.rows = torch.zeros(shape, dtype=torch.long, device=self.device)
+        self.times = torch.zeros(shape, device=self.device)
+        self.captioned = torch.zeros(shape, device=self.device)
+        self.noise = torch.zeros(*shape, *data.images.shape[1:], device=self.device)
+        self.slot = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.loss = torch.zeros((), device=self.device)
+
+    def _draw(self) -> None:
+        """Fill the slots; outside the graph, because graphs on several streams share one state."""
+        self.rows.random_(0, len(self.data.images), generator=self.generator)
+        self.times.normal_(generator=self.generator).sigmoid_()
+        self.captioned.uniform_(generator=self.generator)
+        self.noise.normal_(generator=self.generator)
+        self.slot.zero_()
+
+    def _step(self) -> None:
+        rows, t, kept, noise = (
+            buffer.index_select(0, self.slot).squeeze(0)
+            for buffer in (self.rows, self.times, self.captioned, self.noise)
+        )
+        self.slot.add_(1)
+        image = self.data.images.index_select(0, rows)
+        text = self.data.text.index_select(0, rows) * (kept >= UNCAPTIONED)[:, None, None]
+        out = velocity(self.unet, self.realise(self.parameters), noised(image, noise, t), t, text)
+        loss = (out - (noise - image)).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.optimizer.step()
+        self.loss.lerp_(loss.detach(), 0.02)
+
+    def _set_rate(self) -> None:
+        rate = self.schedule.rate(self.done)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def advance(self) -> None:
+        """One step, queued on this run's stream where there is a GPU."""
+        if self.done >= self.schedule.steps:
+            return
+        with torch.cuda.stream(self.stream):
+            if self.done % SLOTS == 0:
+                self._draw()
+            self._set_rate()
+            # The first steps are made eagerly: they allocate what the graph then reuses.
+            if not self.on_gpu or self.done < 3:
+                self.optimizer.zero_grad(set_to_none=True)
+                self._step()
+            else:
+                if self.graph is None:
+                    self._capture()
+                self.graph.replay()
+        self.done += 1
+
+    def _capture(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self._step()
+
+    def result(self) -> dict[str, torch.Tensor]:
+        """The trained parameters, detached."""
+        return {name: value.detach().clone() for name, value in self.parameters.items()}
+
+
+def train(runs: Sequence[Run], label: str, say: Callable[[str], None]) -> float:
+    """Advance all runs to their ends, interleaved; returns the seconds that took."""
+    start = time.perf_counter()
+    if runs and runs[0].on_gpu:
+        torch.cuda.synchronize()
+    steps = max((run.schedule.steps for run in runs), default=0)
+    for step in range(steps):
+        for run in runs:
+            run.advance()
+        if runs[0].on_gpu and step % SLOTS == SLOTS - 1:
+            # A bounded queue: the host must not run minutes ahead of the GPU.
+            torch.cuda.synchronize()
+        if step % max(1, steps // 8) == 0 or step == steps - 1:
+            losses = " ".join(f"{run.loss.item():.4f}" for run in runs[:6])
+            say(f"{label} {step + 1}/{steps} loss {losses}")
+    if runs and runs[0].on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a style adapter of a text-to-image model survive the move to a related checkpoint?
+
+A U-Net learns to draw emoji in one style (the source), and is trained on in another style and on
+things that it had never seen (the targets, near, mid and far). Adapters for a third style are
+trained on the source and moved; adapters trained on a target are the ceiling.
+
+    python benchmarks/quality/image_transfer.py prepare --data emoji.npz     # needs a network
+    python benchmarks/quality/image_transfer.py run --data emoji.npz --output DIRECTORY
+    python benchmarks/quality/image_report.py DIRECTORY --output docs/images
+
+`--size reduced` runs in five minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.quality import image_adapters as adapters
+from benchmarks.quality import image_data, image_model
+from benchmarks.quality.image_adapters import Adapter, Checkpoint, Factors, Move
+from benchmarks.quality.image_score import Scorer
+from benchmarks.quality.image_training import Data, Run, Schedule, train
+from benchmarks.record import save
+
+BASE_STYLE, TARGET_STYLE, ADAPTER_STYLE = "noto", "twemoji", "openmoji"
+PICTURES = 16  # kept of each method, for the contact sheet
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the model is and how long everything trains."""
+
+    side: int
+    channels: tuple[int, ...]
+    layers: int
+    rank: int
+    base: Schedule
+    targets: dict[str, Schedule]
+    lora: Schedule
+    lorax: Schedule
+    seeds: int
+    judge_steps: int
+    judge_width: int
+    draws: int
+    captions: int
+    sample_steps: int
+    batch: int
+
+
+SIZES = {
+    "full": Size(
+        side=32,
+        channels=(64, 128, 128),
+        layers=1,
+        rank=8,
+        base=Schedule(steps=8000, batch=256, lr=1e-3, warmup=200),
+        targets={
+            "near": Schedule(steps=100, batch=128, lr=1e-4),
+            "mid": Schedule(steps=500, batch=128, lr=2e-4),
+            "far": Schedule(steps=2500, batch=128, lr=5e-4),
+        },
+        lora=Schedule(steps=1000, batch=64, lr=2e-3),
+        lorax=Schedule(steps=1000, batch=64, lr=5e-3),
+        seeds=3,
+        judge_steps=800,
+        judge_width=64,
+        draws=8,
+        captions=128,
+        sample_steps=20,
+        batch=256,
+    ),
+    "reduced": Size(
+        side=16,
+        channels=(32, 64),
+        layers=1,
+        rank=4,
+        base=Schedule(steps=500, batch=64, lr=2e-3),
+        targets={
+            "near": Schedule(steps=30, batch=32, lr=2e-4, warmup=5),
+            "far": Schedule(steps=200, batch=32, lr=1e-3, warmup=20),
+        },
+        lora=Schedule(steps=150, batch=32, lr=4e-3, warmup=10),
+        lorax=Schedule(steps=150, batch=32, lr=1e-2, warmup=10),
+        seeds=1,
+        judge_steps=100,
+        judge_width=16,
+        draws=4,
+        captions=32,
+        sample_steps=8,
+        batch=128,
+    ),
+    "tiny": Size(
+        side=8,
+        channels=(8, 16),
+        layers=1,
+        rank=2,
+        base=Schedule(steps=6, batch=8, lr=2e-3, warmup=2),
+        targets={"near": Schedule(steps=4, batch=8, lr=1e-3, warmup=2)},
+        lora=Schedule(steps=4, batch=8, lr=4e-3, warmup=2),
+        lorax=Schedule(steps=4, batch=8, lr=1e-2, warmup=2),
+        seeds=1,
+        judge_steps=2,
+        judge_width=8,
+        draws=1,
+        captions=4,
+        sample_steps=2,
+        batch=128,
+    ),
+}
+
+
+class Measurement:
+    """The run: data, models, scorer and the rows that were found so far."""
+
+    def __init__(self, data: Path, output: Path, size: Size, device: torch.device) -> None:
+        self.start = time.perf_counter()
+        self.size, self.output, self.device = size, output, device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.rows: list[dict] = []
+        self.facts: dict = {"size": asdict(size), "seconds": {}}
+        self.pictures: dict[str, np.ndarray] = {}
+        self.emoji = image_data.load(data, device, size.side)
+        torch.manual_seed(0)
+        width = self.emoji.text.shape[-1]
+        unet = image_model.build(size.side, size.channels, size.layers, width)
+        self.unet = unet.to(device).requires_grad_(False)
+        self.layers = image_model.layers_of(self.unet)
+        self.facts["parameters"] = sum(p.numel() for p in self.unet.parameters())
+        self.say(f"{self.facts['parameters'] / 1e6:.1f} M parameters, {len(self.layers)} layers")
+
+    def say(self, text: str) -> None:
+        """Progress, with the seconds since the start."""
+        print(f"[{time.perf_counter() - self.start:7.1f}] {text}", flush=True)
+
+    def store(self) -> None:
+        """Write what there is: a run that is cut short keeps its rows."""
+        self.facts["seconds"]["total"] = time.perf_counter() - self.start
+        save(self.output / "images.json", self.rows, **self.facts)
+        temporary = self.output / "pictures.tmp.npz"
+        np.savez_compressed(temporary, **self.pictures)
+        temporary.replace(self.output / "pictures.npz")
+
+    def data(self, style: str, *roles: str) -> Data:
+        """Pictures of one style for the names with these roles."""
+        rows = self.emoji.indices(*roles)
+        return Data(self.emoji.style(style)[rows], self.emoji.text[rows])
+
+    def full_run(self, weights: dict, data: Data, schedule: Schedule, seed: int) -> Run:
+        """Training of every weight."""
+        parameters = {name: value.detach().clone() for name, value in weights.items()}
+
+        def cast(values: image_model.Weights) -> dict[str, torch.Tensor]:
+            return {name: value.to(self.dtype) for name, value in values.items()}
+
+        return Run(self.unet, parameters, cast, data, schedule, seed)
+
+    def models(self, folder: Path | None) -> dict[str, Checkpoint]:
+        """The source and the targets; trained, or read where an earlier run left them."""
+        names = ["source", *self.size.targets]
+        if folder is not None and all((folder / f"{n}.safetensors").exists() for n in names):
+            found = {
+                n: load_file(folder / f"{n}.safetensors", device=str(self.device)) for n in names
+            }
+        else:
+            found = self._train_models()
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                for name, weights in found.items():
+                    save_file(weights, folder / f"{name}.safetensors")
+        drifts = {n: image_model.drift(found["source"], found[n]) for n in names}
+        self.facts["drift"] = drifts
+        self.say("drift " + " ".join(f"{name} {value:.4f}" for name, value in drifts.items()))
+        return {name: Checkpoint(name, found[name], self.layers) for name in names}
+
+    def _train_models(self) -> dict[str, dict[str, torch.Tensor]]:
+        start = dict(self.unet.state_dict())
+        known = self.data(BASE_STYLE, "adapt", "test")
+        base = self.full_run(start, known, self.size.base, seed=0)
+        self.facts["seconds"]["base"] = train([base], "source", self.say)
+        found = {"source": base.result()}
+        every = self.data(TARGET_STYLE, "adapt", "test", "new")
+        runs = {
+            name: self.full_run(found["source"], every, schedule, seed=1)
+            for name, schedule in self.size.targets.items()
+        }
+        self.facts["seconds"]["targets"] = train(list(runs.values()), "targets", self.say)
+        return found | {name: run.result() for name, run in runs.items()}
+
+    def adapter_run(self, kind: str, base: Checkpoint, schedule: Schedule, seed: int) -> Run:
+        """Training of one adapter."""
+        rank, layers = self.size.rank, self.layers
+        if kind == "lora":
+            parameters = adapters.lora_parameters(layers, rank, seed, self.device)
+        else:
+            parameters = adapters.lorax_parameters(base, rank)
+        realise = adapters.realiser(base.weights, layers, self.factors_of(kind, base), self.dtype)
+        data = self.data(ADAPTER_STYLE, "adapt")
+        return Run(self.unet, parameters, realise, data, schedule, 1000 + seed)
+
+    def factors_of(self, kind: str, base: Checkpoint) -> Callable[[image_model.Weights], Factors]:
+        """How the parameters of an adapter give its factors."""
+        if kind == "lora":
+            return lambda parameters: adapters.lora_factors(parameters, self.layers)
+        bases = dict(zip(self.layers, adapters.lorax_bases(base, self.size.rank), strict=True))
+        return lambda cores: adapters.lorax_factors(cores, bases)
+
+    def finish(self, kind: str, base: Checkpoint, run: Run) -> Adapter:
+        """The adapter that a run ended with."""
+        parameters = run.result()
+        factors = self.factors_of(kind, base)(parameters)
+        return Adapter(kind, factors, parameters if kind == "lorax" else None)
+
+
+class Evaluation:
+    """Scores a model with or without an adapter."""
+
+    def __init__(self, run: Measurement, source: Checkpoint) -> None:
+        self.run = run
+        size, emoji = run.size, run.emoji
+        self.predict = image_model.Predictor(
+            run.unet,
+            adapters.merge(source.weights, {}, run.dtype),
+            size.batch,
+            tuple(emoji.text.shape[1:]),
+        )
+        start = time.perf_counter()
+        self.scorer = Scorer(emoji, ADAPTER_STYLE, size.judge_steps, size.judge_width)
+        run.facts["seconds"]["judge"] = time.perf_counter() - start
+        test = emoji.indices("test")
+        self.captions = torch.arange(len(test), device=run.device)[: size.captions]
+        self.test = run.data(ADAPTER_STYLE, "test")
+        self.new = run.data(ADAPTER_STYLE, "new")
+        self.real = {}
+        for style in emoji.styles:
+            everything = torch.arange(len(test), device=run.device)
+            self.real[style] = asdict(self.scorer(emoji.style(style)[test], everything))
+            self.keep(f"real {style}", emoji.style(style)[test][:PICTURES])
+        run.facts["real"] = self.real
+        run.facts["captions"] = [emoji.names[i] for i in test[:PICTURES].tolist()]
+        run.say(f"real pictures: {self.real}")
+
+    def keep(self, name: str, images: torch.Tensor) -> None:
+        """Keep pictures for the contact sheet."""
+        bytes_ = ((images + 1) * 127.5).round().clamp(0, 255).byte()
+        self.run.pictures[name] = bytes_.permute(0, 2, 3, 1).cpu().numpy()
+
+    def losses(self, base: Checkpoint, factors: Factors) -> dict[str, float]:
+        """Denoising loss on the test pictures of the style, and on those of new things."""
+        self.predict.load(adapters.merge(base.weights, factors, self.run.dtype))
+        draws = self.run.size.draws
+        return {
+            "loss": image_model.denoising_loss(
+                self.predict, self.test.images, self.test.text, draws, seed=7
+            ),
+            "loss_new": image_model.denoising_loss(
+                self.predict, self.new.images, self.new.text, draws, seed=8
+            ),
+        }
+
+    def __call__(self, base: Checkpoint, factors: Factors, seed: int, **row: object) -> None:
+        """Score, and add a row."""
+        found = self.losses(base, factors)
+        text = self.test.text[self.captions]
+        steps = self.run.size.sample_steps
+        images = image_model.sample(self.predict, text, steps=steps, guidance=2.0, seed=seed)
+        found |= asdict(self.scorer(images, self.captions))
+        row = {"pair": base.name, **row, "seed": seed, **found}
+        self.run.rows.append(row)
+        if seed == 0:
+            self.keep(f"{base.name} {row['kind']} {row['method']}", images[:PICTURES])
+
+
+def one_seed(
+    run: Measurement, models: dict[str, Checkpoint], evaluate: Evaluation, seed: int
+) -> None:
+    """Train this seed's adapters on every model, move the source's, score all."""
+    source = models["source"]
+    kinds = {"lora": run.size.lora, "lorax": run.size.lorax}
+    runs = {
+        (kind, name): run.adapter_run(kind, model, schedule, seed)
+        for kind, schedule in kinds.items()
+        for name, model in models.items()
+    }
+    seconds = train(list(runs.values()), f"adapters, seed {seed}", run.say)
+    run.facts["seconds"][f"adapters, seed {seed}"] = seconds
+    trained = {key: run.finish(key[0], models[key[1]], value) for key, value in runs.items()}
+    del runs
+    for name, model in models.items():
+        evaluate(model, {}, seed, kind="none", method="none")
+        for kind in kinds:
+            evaluate(model, trained[kind, name].factors, seed, kind=kind, method="trained")
+            if model is source:
+                continue
+            move = Move(source, model, trained[kind, "source"])
+            for method, function in adapters.methods(kind).items():
+                factors, ms = adapters.transfer(move, function)
+                evaluate(model, factors, seed, kind=kind, method=method, transfer_ms=ms)
+        run.store()
+    show(run, seed)
+
+
+def show(run: Measurement, seed: int) -> None:
+    """Print this seed's rows."""
+    for row in run.rows:
+        if row["seed"] == seed:
+            numbers = " ".join(
+                f"{key} {value:.4f}" for key, value in row.items() if isinstance(value, float)
+            )
+            run.say(f"{row['pair']:7s} {row['kind']:6s} {row['method']:20s} {numbers}")
+
+
+def sweep(run: Measurement, source: Checkpoint, evaluate: Evaluation, rates: list[float]) -> None:
+    """Held-out loss of both kinds of adapter on the source, over learning rates."""
+    kinds = {"lora": run.size.lora, "lorax": run.size.lorax}
+    runs = {
+        (kind, rate): run.adapter_run(kind, source, replace(schedule, lr=rate), 0)
+        for kind, schedule in kinds.items()
+        for rate in rates
+    }
+    train(list(runs.values()), "sweep", run.say)
+    for (kind, rate), value in runs.items():
+        found = evaluate.losses(source, run.finish(kind, source, value).factors)
+        run.facts.setdefault("sweep", []).append({"kind": kind, "lr": rate, **found})
+        run.say(f"sweep {kind} lr {rate:g} {found}")
+
+
+def measure(
+    data: Path,
+    output: Path,
+    size: Size,
+    *,
+    device: str,
+    models: Path | None = None,
+    budget: float = 1e9,
+    rates: list[float] | None = None,
+) -> list[dict]:
+    """Everything; stops before a seed that would not end within the budget, in seconds."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    run = Measurement(data, output, size, torch.device(device))
+    checkpoints = run.models(models)
+    evaluate = Evaluation(run, checkpoints["source"])
+    for name, model in checkpoints.items():
+        model.full_bases()
+        run.facts["seconds"][f"bases, {name}"] = model.seconds["full"]
+    run.say("bases of every model")
+    if rates:
+        sweep(run, checkpoints["source"], evaluate, rates)
+        run.store()
+    for seed in range(size.seeds):
+        start = time.perf_counter()
+        one_seed(run, checkpoints, evaluate, seed)
+        taken = time.perf_counter() - start
+        run.say(f"seed {seed} took {taken:.1f} s")
+        if time.perf_counter() - run.start + 1.1 * taken > budget:
+            run.say("the budget is spent")
+            break
+    run.store()
+    return run.rows
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    prepare = commands.add_parser("prepare", help="fetch and draw the pictures")
+    prepare.add_argument("--data", type=Path, required=True)
+    prepare.add_argument("--archives", type=Path, help="where the npm archives are kept")
+    run = commands.add_parser("run", help="train, move and score")
+    run.add_argument("--data", type=Path, required=True)
+    run.add_argument("--output", type=Path, required=True)
+    run.add_argument("--size", choices=SIZES, default="full")
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run.add_argument("--models", type=Path, help="where trained models are kept for another run")
+    run.add_argument("--seeds", type=int)
+    run.add_argument("--base-steps", type=int)
+    run.add_argument("--budget", type=float, default=1e9, help="seconds")
+    run.add_argument("--sweep", type=float, nargs="*", help="learning rates to try first")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command."""
+    options = arguments().parse_args(argv)
+    if options.command == "prepare":
+        image_data.prepare(options.data, options.archives or options.data.parent)
+        return
+    size = SIZES[options.size]
+    if options.seeds is not None:
+        size = replace(size, seeds=options.seeds)
+    if options.base_steps is not None:
+        size = replace(size, base=replace(size.base, steps=options.base_steps))
+    measure(
+        options.data,
+        options.output,
+        size,
+        device=options.device,
+        models=options.models,
+        budget=options.budget,
+        rates=options.sweep,
+    )
+
+
+if __name__ == "__main__":
+    main()
