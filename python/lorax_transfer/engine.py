@@ -28,10 +28,12 @@ class Result:
     Attributes:
         report: what was measured.
         layer: the moved update in float32, on the CPU; None where it is left out.
+        basis: of the target's weight, where the engine keeps bases.
     """
 
     report: LayerReport
     layer: LoraLayer | None
+    basis: lk.SVD | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Engine:
         device: where to compute.
         bases: what makes the bases.
         batch_bytes: weights to work on at a time.
+        keeps_bases: whether results carry the target's bases, as large as a LoRA of their rank.
     """
 
     source: Checkpoint
@@ -53,6 +56,7 @@ class Engine:
     device: torch.device
     bases: BasisMaker
     batch_bytes: int = BATCH_BYTES
+    keeps_bases: bool = False
 
     def run(
         self, adapter: Adapter, plan: Plan, step: Callable[[int], None] = lambda count: None
@@ -103,7 +107,8 @@ class Engine:
                 update_norm=lk.update_norm(*factors[i]) * abs(layer.scale),
                 outcomes=_outcomes(factors[i], {m: moved[m][i] for m in moved if i in moved[m]}),
             )
-            results.append(self._judge(report, layer, moved[self.settings.method][i]))
+            result = self._judge(report, layer, moved[self.settings.method][i])
+            results.append(replace(result, basis=targets[i].svd if self.keeps_bases else None))
         return results
 
     def _bases(self, plans: list[LayerPlan]) -> tuple[list[float | None], list[Basis], list[Basis]]:
