@@ -130,7 +130,9 @@ def make_plan(adapter: Adapter, source: Checkpoint, target: Checkpoint, settings
     for module in chosen:
         names = (in_source.tensors[module], in_target.tensors[module])
         layer = adapter.layers[module]
-        layers.append(_plan_layer(layer, source, target, names, transposed[module], settings))
+        default = layer.rank if adapter.is_lorax else DEFAULT_RANK
+        planned = _plan_layer(layer, source, target, names, transposed[module], settings, default)
+        layers.append(planned)
     plan = Plan(tuple(layers), excluded, in_source.rule, in_target.rule, 0)
     _check_method(plan, settings)
     return replace(plan, memory_bytes=_memory(plan, adapter))
@@ -143,6 +145,7 @@ def _plan_layer(
     names: tuple[str, str],
     is_transposed: bool,
     settings: Settings,
+    default_rank: int,
 ) -> LayerPlan:
     for checkpoint, name in zip((source, target), names, strict=True):
         if checkpoint.dtype(name) not in _WEIGHT_DTYPES:
@@ -174,7 +177,7 @@ def _plan_layer(
         target_tensor=names[1],
         source_shape=shapes[0],
         target_shape=shapes[1],
-        rank=_rank(layer.module, min(*shapes[0], *shapes[1]), settings),
+        rank=_rank(layer.module, min(*shapes[0], *shapes[1]), settings, default_rank),
         is_transposed=is_transposed,
         weight_bytes=sum(sizes),
     )
@@ -187,11 +190,11 @@ def as_matrix(shape: tuple[int, ...], is_transposed: bool) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def _rank(module: str, side: int, settings: Settings) -> int:
+def _rank(module: str, side: int, settings: Settings, default: int) -> int:
     if settings.energy is not None:
         return min(settings.rank or side, side)
     if settings.rank is None:
-        return min(DEFAULT_RANK, side)
+        return min(default, side)
     if settings.rank > side:
         raise TransferError(
             f"rank {settings.rank} is larger than the shorter side, {side}, of {module}; give "

@@ -8,6 +8,7 @@ from .errors import TransferError
 
 METHODS = ("lorax", "prolora", "copy")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+FORMS = ("auto", "lorax", "lora")
 BACKENDS = ("auto", "cuda", "triton", "reference")
 
 # The rank that LoRA-X was published with.
@@ -31,6 +32,8 @@ class Settings:
         dtype: of the written factors: "auto" (the adapter's own), "fp32", "bf16" or "fp16".
         device: "auto", "cpu", "cuda" or "cuda:N".
         backend: "auto", "cuda", "triton" or "reference".
+        form: of the written adapter: "lorax" (cores), "lora" (factors), or "auto": cores where an
+            adapter came as cores and still lies in the target's bases.
 
     Raises:
         TransferError: an option is out of range.
@@ -45,12 +48,14 @@ class Settings:
     dtype: str = "auto"
     device: str = "auto"
     backend: str = "auto"
+    form: str = "auto"
 
     def __post_init__(self) -> None:
         """Check every option that can be checked without a model."""
         _one_of("method", self.method, METHODS)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("backend", self.backend, BACKENDS)
+        _one_of("form", self.form, FORMS)
         if self.rank is not None and self.rank < 1:
             raise TransferError(f"rank is {self.rank}, expected 1 or more.")
         if self.energy is not None and not 0 < self.energy <= 1:

@@ -164,6 +164,8 @@ class Adapter:
         dropped_kinds: the dropped kinds that the adapter really held. ``"mutated_init"`` has no
             tensors of its own and shows only here.
         targets: every module that the file held an adapter for, those dropped included.
+        is_lorax: whether it came in the native form of LoRA-X: then the rank of a layer is that of
+            the subspaces it lives in.
     """
 
     layers: dict[str, LoraLayer]
@@ -174,6 +176,7 @@ class Adapter:
     content_hash: str
     dropped_kinds: tuple[str, ...] = field(default=())
     targets: tuple[str, ...] = field(default=())
+    is_lorax: bool = False
 
     @property
     def fan_in_fan_out(self) -> bool:
