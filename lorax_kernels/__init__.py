@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from ._backends import Backend as Backend
 from ._backends import backends as backends
 from .anchor import anchor_lora as anchor_lora
+from .drift import drift_product as drift_product
 from .product import svd_product as svd_product
 from .restore import restore_lora as restore_lora
 from .similarity import Similarity as Similarity

@@ -7,11 +7,10 @@ from typing import overload
 import torch
 
 from ._factors import Layers, recompress
+from .drift import drift_product
 
 SIDES = ("input", "output", "both")
 
-# Bytes of float32 difference that exist at a time.
-_CHUNK_BYTES = 2**26
 # Singular values of a factor under this share of its largest count as zero: squared, 1e-14, they
 # are a hundred roundings of the float64 Gram matrix that they are found in.
 _NULL = 1e-7
@@ -124,15 +123,15 @@ def _anchor(
     """Factors in float64, with `w` the strength over the scale; rank `2r` for both sides."""
     if sides == "input":
         right, inverse = _row_space(A)
-        return B - w * _times_drift(W_s, W_t, right) @ inverse.mT, A
+        return B - w * drift_product(W_s, W_t, right) @ inverse.mT, A
     if sides == "output":
         left, inverse = _row_space(B.mT)
-        written = _times_drift(W_s, W_t, left, transpose=True)
+        written = drift_product(W_s, W_t, left, transpose=True)
         return B, A - w * inverse @ written.mT
     right, _ = _row_space(A)
     left, _ = _row_space(B.mT)
-    read = _times_drift(W_s, W_t, right)
-    written = _times_drift(W_s, W_t, left, transpose=True).mT
+    read = drift_product(W_s, W_t, right)
+    written = drift_product(W_s, W_t, left, transpose=True).mT
     beyond = written - (written @ right) @ right.mT
     wide = torch.cat([B, -w * read, -w * left], dim=1)
     return wide, torch.cat([A, right.mT, beyond])
@@ -144,25 +143,3 @@ def _row_space(A: torch.Tensor) -> Factors:
     kept = squares > _NULL**2 * squares[-1]
     inverse = E[:, kept] / squares[kept].sqrt()
     return A.mT @ inverse, inverse
-
-
-def _times_drift(
-    W_s: torch.Tensor, W_t: torch.Tensor, X: torch.Tensor, transpose: bool = False
-) -> torch.Tensor:
-    """`(W_t - W_s) X`, or `(W_t - W_s)^T X`, in float64.
-
-    The difference is formed, by rows: two products would agree in all but their last digits.
-    """
-    is_double = torch.float64 in (W_s.dtype, W_t.dtype)
-    working = torch.float64 if is_double else torch.float32
-    rows = max(1, _CHUNK_BYTES // (4 * W_s.shape[1]))
-    thin = X.to(working)
-    total = X.new_zeros(W_s.shape[1] if transpose else W_s.shape[0], X.shape[1])
-    for start in range(0, W_s.shape[0], rows):
-        part = slice(start, start + rows)
-        drift = W_t[part].to(working) - W_s[part].to(working)
-        if transpose:
-            total += drift.mT @ thin[part]
-        else:
-            total[part] = (drift @ thin).double()
-    return total

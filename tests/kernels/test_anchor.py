@@ -139,7 +139,7 @@ def test_lists_mix_shapes_scales_and_dtypes(layer):
 
 def test_rows_come_a_few_at_a_time_and_add_up(layer, monkeypatch):
     want = lk.anchor_lora(*layer, sides="both")
-    monkeypatch.setattr("lorax_kernels.anchor._CHUNK_BYTES", 4 * N * 10)
+    monkeypatch.setattr("lorax_kernels.drift._CHUNK_BYTES", 4 * N * 10)
     got = lk.anchor_lora(*layer, sides="both")
     assert relative(got[0] @ got[1], want[0] @ want[1]) < 1e-6
 
@@ -167,5 +167,9 @@ def test_arguments_that_do_not_fit_are_refused(layer):
         lk.anchor_lora([B], [A], [W_s], W_t)
     with pytest.raises(ValueError, match="lengths"):
         lk.restore_lora([B], [A], [W_s], [W_t], scale=[1.0, 2.0])
+    with pytest.raises(ValueError, match="must have 63 rows"):
+        lk.drift_product(W_s, W_t, A.T, transpose=True)
+    with pytest.raises(ValueError, match="matrices of one shape"):
+        lk.drift_product(W_s, W_t.T, A.T)
     with pytest.raises(ValueError, match="directions must be at least 1"):
         lk.restore_lora(B, A, W_s, W_t, directions=0)
