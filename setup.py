@@ -29,7 +29,6 @@ CUDA_SOURCES = [
     "csrc/shift.cu",
     "csrc/symmetric_eigh.cu",
     "csrc/project.cu",
-    "csrc/project_wide.cu",
 ]
 
 

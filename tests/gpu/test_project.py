@@ -13,6 +13,8 @@ from lorax_kernels.ops import project
 pytestmark = pytest.mark.gpu
 
 BACKENDS = ["cuda", "triton"]
+# What each backend takes a block of.
+FACTORS = {"cuda": ("bf16", "fp16", "fp32", "fp64"), "triton": ("bf16", "fp16", "fp32")}
 BASES = [("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "bf16"), ("fp32", "fp32")]
 # Large enough for several blocks of rows a layer and several layers in flight.
 WIDE = [(4096, 4096, 320, 16), (1025, 1025, 320, 16), (2048, 2048, 64, 8), (640, 640, 128, 32)]
@@ -32,11 +34,11 @@ def generator():
 
 
 def check(layers, backend):
-    """At most twice PyTorch's own error in the same dtypes (TF32 off), or float32 rounding."""
+    """At most twice PyTorch's own error in the same dtypes (TF32 off), or rounding."""
     before = [[x.clone() for x in group] for group in layers]
     results = project(*layers, backend=backend)
-    for found, plain in errors(results, layers):
-        assert found <= max(2 * plain, 1.2e-7)
+    for found, limit in errors(results, layers):
+        assert found <= limit
     for X, B, P in zip(results, layers[0], layers[2], strict=True):
         assert X.shape == (P.shape[0], B.shape[1])
         assert X.dtype == B.dtype
@@ -48,9 +50,23 @@ def check(layers, backend):
     return results
 
 
+def skip_unless_taken(backend, factor):
+    if factor not in FACTORS[backend]:
+        pytest.skip(f"{backend} refuses {factor} blocks")
+
+
+def test_refused(generator):
+    """A named backend says why not; left to itself the call falls back."""
+    layers = make_layers(SQUARE, torch.float64, torch.float32, None, generator, "cuda")
+    with pytest.raises(RuntimeError, match="too little for a float64 block"):
+        project(*layers, backend="triton")
+    check(layers, "reference")
+
+
 @pytest.mark.parametrize("factor", DTYPES)
 @pytest.mark.parametrize(("read", "write"), BASES)
 def test_two_bases(backend, factor, read, write, generator):
+    skip_unless_taken(backend, factor)
     layers = make_layers(SHAPES, DTYPES[factor], DTYPES[read], DTYPES[write], generator, "cuda")
     check(layers, backend)
 
@@ -59,15 +75,31 @@ def test_two_bases(backend, factor, read, write, generator):
 @pytest.mark.parametrize("read", ["bf16", "fp16", "fp32", "fp64"])
 @pytest.mark.parametrize("shapes", [SQUARE, WIDE], ids=["odd", "wide"])
 def test_one_basis(backend, factor, read, shapes, generator):
+    skip_unless_taken(backend, factor)
     check(make_layers(shapes, DTYPES[factor], DTYPES[read], None, generator, "cuda"), backend)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("r", [1, 4, 24, 40, 41, 64, 128, 1024])
-def test_ranks(backend, r, dtype, generator):
-    """Both ways that a block can lie; wide ones go to cuBLAS where their rows are aligned."""
+@pytest.mark.parametrize(
+    ("dtype", "basis"),
+    [("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp32")],
+)
+@pytest.mark.parametrize("r", [1, 4, 24, 41, 64, 1024])
+def test_ranks(backend, r, dtype, basis, generator):
+    """Both ways that a block can lie, with rows on 16-byte boundaries and off them."""
     shapes = [(1024, 1024, 320, r), (520, 520, 136, r)] * 2 + [(1024, 1024, 320, r)]
-    check(make_layers(shapes, DTYPES[dtype], DTYPES[dtype], None, generator, "cuda"), backend)
+    check(make_layers(shapes, DTYPES[dtype], DTYPES[basis], None, generator, "cuda"), backend)
+
+
+def test_more_bases_than_scratch_memory(generator):
+    """Bases that are converted a few layers at a time: 0.5 GB holds eleven of these in float64."""
+    if not lk.backends()[0].available:
+        pytest.skip(lk.backends()[0].reason)
+    blocks, bases, _ = make_layers(
+        [(11008, 11008, 512, 16)], torch.float32, torch.float32, None, generator, "cuda"
+    )
+    blocks = [blocks[0] * (i + 1) for i in range(25)]
+    bases = [bases[0].roll(i, 1) for i in range(25)]
+    check((blocks, bases, bases), "cuda")
 
 
 def test_wide_blocks_with_two_bases_and_strides(backend, generator):
@@ -95,7 +127,7 @@ def test_bad_input(backend):
 def test_mixed_dtypes_in_one_call(backend, generator):
     groups = [
         make_layers(SQUARE, DTYPES[factor], DTYPES[read], None, generator, "cuda")
-        for factor, read in itertools.product(DTYPES, ("bf16", "fp32"))
+        for factor, read in itertools.product(FACTORS[backend], ("bf16", "fp32"))
     ]
     check(tuple([x for g in groups for x in g[j]] for j in range(3)), backend)
 
@@ -112,11 +144,11 @@ def test_strides_and_alignment(backend, generator):
     check((blocks, bases, bases), backend)
 
 
-def test_many_layers_need_several_launches(backend, generator):
-    layers = make_layers(
-        [(96, 96, 24, 4)] * 700, torch.bfloat16, torch.bfloat16, None, generator, "cuda"
-    )
-    check(layers, backend)
+@pytest.mark.parametrize("basis", ["bf16", "fp32"])
+def test_many_layers_need_several_launches(backend, basis, generator):
+    """More tables than one launch's parameters hold: of pointers, and of conversions."""
+    shapes = [(96, 96, 24, 4)] * 900
+    check(make_layers(shapes, torch.bfloat16, DTYPES[basis], None, generator, "cuda"), backend)
 
 
 def test_empty(backend):

@@ -7,6 +7,8 @@ from ... import _backends, _ops
 from .reference import project_reference
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# Compute capabilities with float64 tensor cores: A100, H100 and H200, B200.
+_FAST_DOUBLE = ((8, 0), (9, 0), (10, 0))
 
 
 def _cuda(
@@ -23,20 +25,48 @@ def _triton(
     return project_triton(blocks, read, write)
 
 
-def _refuses(
-    blocks: list[torch.Tensor], read: list[torch.Tensor], write: list[torch.Tensor]
-) -> str | None:
-    unknown = {x.dtype for group in (blocks, read, write) for x in group}.difference(_DTYPES)
+def _unknown(*lists: list[torch.Tensor]) -> str | None:
+    unknown = {x.dtype for group in lists for x in group}.difference(_DTYPES)
     return f"it has no conversion from {', '.join(map(str, unknown))}" if unknown else None
 
 
-_ACCEPTS = (
-    "blocks of 16, 32 or 64-bit floats of any layout; bases bfloat16 or float32 by rows, others "
-    "converted first; any sizes"
-)
+def _cuda_refuses(
+    blocks: list[torch.Tensor], read: list[torch.Tensor], write: list[torch.Tensor]
+) -> str | None:
+    kinds = {(B.dtype, Q.dtype, P.dtype) for B, Q, P in zip(blocks, read, write, strict=False)}
+    is_half = {(torch.float16,) * 3}
+    needs_double = any(kind[0] != torch.bfloat16 for kind in kinds - is_half)
+    if needs_double and torch.cuda.get_device_capability(blocks[0].device) not in _FAST_DOUBLE:
+        return "it sums these dtypes in float64, which this device multiplies slowly"
+    return _unknown(blocks, read, write)
+
+
+def _triton_refuses(
+    blocks: list[torch.Tensor], read: list[torch.Tensor], write: list[torch.Tensor]
+) -> str | None:
+    if any(B.dtype == torch.float64 for B in blocks):
+        return "it sums in float32, which is too little for a float64 block"
+    return _unknown(blocks, read, write)
+
+
 _backends.register_reference("project", project_reference)
-_backends.register("cuda", "project", _backends.Kernel(_cuda, _ACCEPTS, _refuses))
-_backends.register("triton", "project", _backends.Kernel(_triton, _ACCEPTS, _refuses))
+_backends.register(
+    "cuda",
+    "project",
+    _backends.Kernel(
+        _cuda,
+        "any float dtypes and layouts; one 16-bit dtype is multiplied in it, bfloat16 blocks with "
+        "other bases in TF32, the rest in float64",
+        _cuda_refuses,
+    ),
+)
+_backends.register(
+    "triton",
+    "project",
+    _backends.Kernel(
+        _triton, "blocks of 16 or 32-bit floats of any layout, any bases", _triton_refuses
+    ),
+)
 
 
 def project(
@@ -58,7 +88,7 @@ def project(
         backend: "auto", "cuda", "triton" or "reference".
 
     Returns:
-        Matrices `(p_i, r_i)` in the blocks' dtypes, summed in float32.
+        Matrices `(p_i, r_i)` in the blocks' dtypes, summed in float32 at least.
 
     Raises:
         ValueError, TypeError: arguments that do not fit together, or layers on different devices.

@@ -10,12 +10,13 @@ def project_reference(
     """`P_i (Q_i^T B_i)` for every `i`: blocks `B`, bases read `Q`, bases written `P`.
 
     With the same basis twice it is the orthogonal projection onto its span; with two bases it
-    carries coordinates from one space to another. Computed in float32, returned in the block's
-    dtype.
+    carries coordinates from one space to another. Computed in float32, in float64 for a float64
+    block, and returned in the block's dtype.
     """
     results = []
     for B, Q, P in zip(blocks, read, write, strict=True):
-        reads = Q.float()
-        writes = reads if P is Q else P.float()
-        results.append((writes @ (reads.mT @ B.float())).to(B.dtype))
+        working = torch.float64 if B.dtype == torch.float64 else torch.float32
+        reads = Q.to(working)
+        writes = reads if P is Q else P.to(working)
+        results.append((writes @ (reads.mT @ B.to(working))).to(B.dtype))
     return results

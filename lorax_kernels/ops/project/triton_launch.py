@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .reference import project_reference
 from .triton_kernel import project_read_kernel, project_sum_kernel, project_write_kernel
 
 _PANEL = 64  # columns of a basis in one product
@@ -16,7 +17,7 @@ _CHUNK_ROWS = 1024
 _WRITE_ROWS = 128
 _READ_TILE = 64
 _SUM_TILE = 1024
-# Columns of blocks taken at once; wider blocks are cut, and read a basis once for each piece.
+# Wider blocks are arithmetic, where Triton has no edge over PyTorch's own products.
 _WIDEST_RANK = 32
 _WIDE_BATCH = 32  # layers of one shape that are stacked, which copies their bases
 
@@ -74,7 +75,7 @@ class _Group:
 
     Attributes:
         rows: of the table on the device, without what the plan adds.
-        places: index in the call and first column of each block.
+        places: index in the call of each block.
         is_aligned: whether rows of all read and of all write bases are multiples of 16 bytes.
     """
 
@@ -83,7 +84,7 @@ class _Group:
     factor: torch.dtype
     R: int
     rows: list[tuple[int, ...]] = field(default_factory=list)
-    places: list[tuple[int, int]] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
     is_aligned: list[bool] = field(default_factory=lambda: [True, True])
 
 
@@ -144,7 +145,7 @@ def _project_wide(
     write: list[torch.Tensor],
     is_same: bool,
 ) -> list[torch.Tensor]:
-    """Equal shapes, a few layers at a time, by cuBLAS: arithmetic, where Triton has no edge."""
+    """Bfloat16 layers of one shape, a few at a time."""
     results: list[torch.Tensor] = []
     for start in range(0, len(blocks), _WIDE_BATCH):
         B, Q = (torch.stack(x[start : start + _WIDE_BATCH]) for x in (blocks, read))
@@ -166,41 +167,33 @@ def project_triton(
         if 0 in (m, r, p, k):
             results[i] = B.new_zeros(p, r)
             continue
-        if r > _WIDEST_RANK and B.dtype == Q.dtype == P.dtype == torch.bfloat16:
-            wide.setdefault((m, p, k, r, P is Q), []).append(i)
+        if r > _WIDEST_RANK:
+            if B.dtype == Q.dtype == P.dtype == torch.bfloat16:
+                wide.setdefault((m, p, k, r, P is Q), []).append(i)
+            else:
+                results[i] = project_reference([B], [Q], [P])[0]
             continue
         Q_read = _readable(Q)
         P_read = Q_read if P is Q else _readable(P)
-        factor = B.float() if B.dtype == torch.float64 else B
-        kept += [Q_read, P_read, factor]
-        if r > _WIDEST_RANK:
-            results[i] = factor.new_empty(p, r)
-        stride, column_stride = factor.stride()
-        pointer, step = factor.data_ptr(), factor.element_size() * column_stride
+        kept += [Q_read, P_read]
         bases = (Q_read.data_ptr(), P_read.data_ptr())
-        strides = (stride, column_stride, Q_read.stride(0), P_read.stride(0))
+        strides = (*B.stride(), Q_read.stride(0), P_read.stride(0))
         aligned = [x % 16 == s % 8 == k % 8 == 0 for x, s in zip(bases, strides[2:], strict=True)]
-        for start in range(0, r, _WIDEST_RANK):
-            width = min(_WIDEST_RANK, r - start)
-            key = (Q_read.dtype, P_read.dtype, factor.dtype, _padded_rank(width))
-            group = groups.get(key)
-            if group is None:
-                group = groups[key] = _Group(*key)
-            group.rows.append((pointer + start * step, *bases, *strides, m, p, k, width))
-            group.places.append((i, start))
-            group.is_aligned = [x and y for x, y in zip(group.is_aligned, aligned, strict=True)]
+        key = (Q_read.dtype, P_read.dtype, B.dtype, _padded_rank(r))
+        group = groups.get(key)
+        if group is None:
+            group = groups[key] = _Group(*key)
+        group.rows.append((B.data_ptr(), *bases, *strides, m, p, k, r))
+        group.places.append(i)
+        group.is_aligned = [x and y for x, y in zip(group.is_aligned, aligned, strict=True)]
     for group in groups.values():
-        pieces = _run_group(group, blocks[0].device)
-        for (i, start), piece in zip(group.places, pieces, strict=True):
-            if i in results:
-                results[i][:, start : start + piece.shape[1]] = piece
-            else:
-                results[i] = piece
+        found = _run_group(group, blocks[0].device)
+        results.update(zip(group.places, found, strict=True))
     for (*_, is_same), layers in wide.items():
         some_B, some_Q, some_P = ([x[i] for i in layers] for x in (blocks, read, write))
         found = _project_wide(some_B, some_Q, some_P, is_same)
         results.update(zip(layers, found, strict=True))
-    return [results[i].to(B.dtype) for i, B in enumerate(blocks)]
+    return [results[i] for i in range(len(blocks))]
 
 
 @lru_cache

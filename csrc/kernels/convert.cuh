@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copies a list of matrices of any strides and float types into rows, converting, in one launch for
+// some hundreds of them. A plain grid, for every architecture; no torch header.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+namespace lorax {
+
+enum class Float { kBFloat16, kFloat16, kFloat32, kFloat64 };
+
+// to[i * to_row + j] = from[i * from_row + j * from_column], i < rows, j < columns.
+struct Conversion {
+  const void* from;
+  void* to;
+  int64_t from_row, from_column, to_row;
+  int rows, columns;  // rows * columns < 2^31
+  Float from_type, to_type;
+};
+
+// Lists travel as kernel parameters (up to 32764 bytes since CUDA 12.1): no pinned buffer to keep
+// alive, and a captured graph holds its own copy.
+constexpr int kConversions = 500;
+struct Conversions {
+  Conversion entry[kConversions];
+};
+static_assert(sizeof(Conversions) <= 32764, "a kernel's parameters end at 32764 bytes");
+
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widen(__half x) { return __half2float(x); }
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+
+template <typename To, typename From>
+__device__ inline To narrow(From x) {
+  if constexpr (std::is_same_v<To, From>) {
+    return x;
+  } else if constexpr (std::is_same_v<To, __nv_bfloat16>) {
+    return __float2bfloat16(static_cast<float>(widen(x)));
+  } else if constexpr (std::is_same_v<To, __half>) {
+    return __float2half(static_cast<float>(widen(x)));
+  } else {
+    return static_cast<To>(widen(x));
+  }
+}
+
+template <typename To, typename From>
+__device__ void convert_matrix(const Conversion& x) {
+  const auto* from = static_cast<const From*>(x.from);
+  auto* to = static_cast<To*>(x.to);
+  const uint32_t count = uint32_t(x.rows) * uint32_t(x.columns), columns = x.columns;
+  const uint32_t step = gridDim.x * blockDim.x;
+  // Four loads in flight a thread.
+#pragma unroll 4
+  for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
+    const uint32_t row = i / columns, column = i - row * columns;
+    to[row * x.to_row + column] = narrow<To>(from[row * x.from_row + column * x.from_column]);
+  }
+}
+
+template <typename To>
+__device__ void convert_to(const Conversion& x) {
+  switch (x.from_type) {
+    case Float::kBFloat16:
+      return convert_matrix<To, __nv_bfloat16>(x);
+    case Float::kFloat16:
+      return convert_matrix<To, __half>(x);
+    case Float::kFloat32:
+      return convert_matrix<To, float>(x);
+    case Float::kFloat64:
+      return convert_matrix<To, double>(x);
+  }
+}
+
+__global__ void convert_kernel(const __grid_constant__ Conversions list) {
+  const Conversion& x = list.entry[blockIdx.y];
+  switch (x.to_type) {
+    case Float::kBFloat16:
+      return convert_to<__nv_bfloat16>(x);
+    case Float::kFloat16:
+      return convert_to<__half>(x);
+    case Float::kFloat32:
+      return convert_to<float>(x);
+    case Float::kFloat64:
+      return convert_to<double>(x);
+  }
+}
+
+inline cudaError_t launch_conversions(const std::vector<Conversion>& list, cudaStream_t stream) {
+  constexpr int kThreads = 256, kEach = 16, kMostBlocks = 64;
+  Conversions some;
+  for (size_t first = 0; first < list.size(); first += kConversions) {
+    const int count = int(std::min(list.size() - first, size_t(kConversions)));
+    std::copy_n(list.begin() + first, count, some.entry);
+    int64_t largest = 1;
+    for (int i = 0; i < count; ++i) {
+      largest = std::max(largest, int64_t(some.entry[i].rows) * some.entry[i].columns);
+    }
+    const auto blocks =
+        int(std::min<int64_t>((largest + kThreads * kEach - 1) / (kThreads * kEach), kMostBlocks));
+    void* arguments[] = {&some};
+    const cudaError_t error =
+        cudaLaunchKernel(convert_kernel, dim3(blocks, count), dim3(kThreads), arguments, 0, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace lorax
