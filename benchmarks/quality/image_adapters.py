@@ -11,8 +11,11 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 import lorax_kernels as lk
 from benchmarks.quality.image_model import Weights, matrices
@@ -36,7 +39,7 @@ class Checkpoint:
     bases: dict[str, dict[str, lk.SVD]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def matrices(self) -> dict[str, torch.Tensor]:
         """Weights of the adapted layers as matrices."""
         return matrices(self.weights, self.layers)
@@ -95,7 +98,7 @@ def merge(weights: Weights, factors: Factors, dtype: torch.dtype) -> dict[str, t
     for name, value in weights.items():
         pair = factors.get(name.removesuffix(".weight"))
         if pair is not None and name.endswith(".weight"):
-            value = value + (pair[0] @ pair[1]).view(value.shape)
+            value = value + (pair[0] @ pair[1]).view(value.shape)  # in the layout of the weight
         merged[name] = value.to(dtype)
     return merged
 
@@ -259,3 +262,25 @@ def transfer(move: Move, method: Callable[[Move], Factors]) -> tuple[Factors, fl
     factors = method(move)
     wait(any_weight)
     return factors, 1000 * (time.perf_counter() - start)
+
+
+def save_peft(
+    folder: Path, factors: Factors, layers: Mapping[str, tuple[int, ...]], base: str
+) -> None:
+    """Write factors of one rank as an ordinary LoRA that PEFT loads."""
+    from peft import LoraConfig
+
+    rank = next(iter(factors.values()))[0].shape[1]
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(factors))
+    config.base_model_name_or_path = base
+    config.inference_mode = True
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    tensors = {}
+    for name, (B, A) in factors.items():
+        kernel = layers[name][2:]
+        shape_A = (rank, layers[name][1], *kernel)
+        shape_B = (*B.shape, *(1 for _ in kernel))
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A.reshape(shape_A).contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B.reshape(shape_B).contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

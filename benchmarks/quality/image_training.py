@@ -154,7 +154,7 @@ def train(runs: Sequence[Run], label: str, say: Callable[[str], None]) -> float:
     start = time.perf_counter()
     if runs and runs[0].on_gpu:
         torch.cuda.synchronize()
-    steps = max((run.schedule.steps for run in runs), default=0)
+    steps = max((run.schedule.steps - run.done for run in runs), default=0)
     for step in range(steps):
         for run in runs:
             run.advance()

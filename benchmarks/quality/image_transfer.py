@@ -65,7 +65,7 @@ SIZES = {
         channels=(64, 128, 128),
         layers=1,
         rank=8,
-        base=Schedule(steps=8000, batch=256, lr=1e-3, warmup=200),
+        base=Schedule(steps=8000, batch=128, lr=1e-3, warmup=200),
         targets={
             "near": Schedule(steps=100, batch=128, lr=1e-4),
             "mid": Schedule(steps=500, batch=128, lr=2e-4),
@@ -83,20 +83,20 @@ SIZES = {
     ),
     "reduced": Size(
         side=16,
-        channels=(32, 64),
+        channels=(16, 32),
         layers=1,
         rank=4,
-        base=Schedule(steps=500, batch=64, lr=2e-3),
+        base=Schedule(steps=500, batch=32, lr=3e-3),
         targets={
-            "near": Schedule(steps=30, batch=32, lr=2e-4, warmup=5),
-            "far": Schedule(steps=200, batch=32, lr=1e-3, warmup=20),
+            "near": Schedule(steps=30, batch=32, lr=3e-4, warmup=5),
+            "far": Schedule(steps=200, batch=32, lr=2e-3, warmup=20),
         },
-        lora=Schedule(steps=150, batch=32, lr=4e-3, warmup=10),
-        lorax=Schedule(steps=150, batch=32, lr=1e-2, warmup=10),
+        lora=Schedule(steps=100, batch=32, lr=1e-2, warmup=10),
+        lorax=Schedule(steps=100, batch=32, lr=1e-2, warmup=10),
         seeds=1,
         judge_steps=100,
         judge_width=16,
-        draws=4,
+        draws=2,
         captions=32,
         sample_steps=8,
         batch=128,
@@ -106,17 +106,17 @@ SIZES = {
         channels=(8, 16),
         layers=1,
         rank=2,
-        base=Schedule(steps=6, batch=8, lr=2e-3, warmup=2),
-        targets={"near": Schedule(steps=4, batch=8, lr=1e-3, warmup=2)},
-        lora=Schedule(steps=4, batch=8, lr=4e-3, warmup=2),
-        lorax=Schedule(steps=4, batch=8, lr=1e-2, warmup=2),
-        seeds=1,
+        base=Schedule(steps=12, batch=8, lr=1e-2, warmup=2),
+        targets={"near": Schedule(steps=5, batch=8, lr=3e-3, warmup=2)},
+        lora=Schedule(steps=6, batch=8, lr=2e-2, warmup=2),
+        lorax=Schedule(steps=6, batch=8, lr=2e-2, warmup=2),
+        seeds=2,
         judge_steps=2,
         judge_width=8,
         draws=1,
         captions=4,
         sample_steps=2,
-        batch=128,
+        batch=64,
     ),
 }
 
@@ -127,7 +127,11 @@ class Measurement:
     def __init__(self, data: Path, output: Path, size: Size, device: torch.device) -> None:
         self.start = time.perf_counter()
         self.size, self.output, self.device = size, output, device
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        on_gpu = device.type == "cuda"
+        # Scored in float16: bfloat16 rounds weights by as much as a near target drifts.
+        self.dtype = torch.bfloat16 if on_gpu else torch.float32
+        self.score_dtype = torch.float16 if on_gpu else torch.float32
+        self.channels_last = False
         self.rows: list[dict] = []
         self.facts: dict = {"size": asdict(size), "seconds": {}}
         self.pictures: dict[str, np.ndarray] = {}
@@ -166,6 +170,14 @@ class Measurement:
 
         return Run(self.unet, parameters, cast, data, schedule, seed)
 
+    def laid_out(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The weights in the order in which the device convolves fastest, which casts keep."""
+        last = torch.channels_last if self.channels_last else torch.contiguous_format
+        return {
+            name: value.contiguous(memory_format=last) if value.dim() == 4 else value
+            for name, value in weights.items()
+        }
+
     def models(self, folder: Path | None) -> dict[str, Checkpoint]:
         """The source and the targets; trained, or read where an earlier run left them."""
         names = ["source", *self.size.targets]
@@ -178,14 +190,15 @@ class Measurement:
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 for name, weights in found.items():
-                    save_file(weights, folder / f"{name}.safetensors")
+                    plain = {key: value.contiguous() for key, value in weights.items()}
+                    save_file(plain, folder / f"{name}.safetensors")
         drifts = {n: image_model.drift(found["source"], found[n]) for n in names}
         self.facts["drift"] = drifts
         self.say("drift " + " ".join(f"{name} {value:.4f}" for name, value in drifts.items()))
-        return {name: Checkpoint(name, found[name], self.layers) for name in names}
+        return {n: Checkpoint(n, self.laid_out(found[n]), self.layers) for n in names}
 
     def _train_models(self) -> dict[str, dict[str, torch.Tensor]]:
-        start = dict(self.unet.state_dict())
+        start = self.laid_out(dict(self.unet.state_dict()))
         known = self.data(BASE_STYLE, "adapt", "test")
         base = self.full_run(start, known, self.size.base, seed=0)
         self.facts["seconds"]["base"] = train([base], "source", self.say)
@@ -231,7 +244,7 @@ class Evaluation:
         size, emoji = run.size, run.emoji
         self.predict = image_model.Predictor(
             run.unet,
-            adapters.merge(source.weights, {}, run.dtype),
+            adapters.merge(source.weights, {}, run.score_dtype),
             size.batch,
             tuple(emoji.text.shape[1:]),
         )
@@ -258,7 +271,7 @@ class Evaluation:
 
     def losses(self, base: Checkpoint, factors: Factors) -> dict[str, float]:
         """Denoising loss on the test pictures of the style, and on those of new things."""
-        self.predict.load(adapters.merge(base.weights, factors, self.run.dtype))
+        self.predict.load(adapters.merge(base.weights, factors, self.run.score_dtype))
         draws = self.run.size.draws
         return {
             "loss": image_model.denoising_loss(
@@ -321,6 +334,25 @@ def show(run: Measurement, seed: int) -> None:
             run.say(f"{row['pair']:7s} {row['kind']:6s} {row['method']:20s} {numbers}")
 
 
+def time_steps(run: Measurement) -> None:
+    """Milliseconds a training step of the base takes: layouts, batches, runs side by side."""
+    for channels_last in (False, True):
+        run.channels_last = channels_last
+        start = run.laid_out(dict(run.unet.state_dict()))
+        known = run.data(BASE_STYLE, "adapt", "test")
+        for batch, count in ((128, 1), (256, 1), (64, 1), (64, 4)):
+            short = Schedule(steps=10, batch=batch, lr=1e-3)
+            runs = [run.full_run(start, known, short, seed) for seed in range(count)]
+            train(runs, "warm", lambda text: None)
+            for each in runs:
+                each.schedule = replace(short, steps=60)
+            seconds = train(runs, "timed", lambda text: None)
+            row = {"channels_last": channels_last, "batch": batch, "runs": count}
+            row["ms"] = 1000 * seconds / 50
+            run.facts.setdefault("steps", []).append(row)
+            run.say(f"step {row}")
+
+
 def sweep(run: Measurement, source: Checkpoint, evaluate: Evaluation, rates: list[float]) -> None:
     """Held-out loss of both kinds of adapter on the source, over learning rates."""
     kinds = {"lora": run.size.lora, "lorax": run.size.lorax}
@@ -345,11 +377,16 @@ def measure(
     models: Path | None = None,
     budget: float = 1e9,
     rates: list[float] | None = None,
+    timed: bool = False,
+    channels_last: bool = False,
 ) -> list[dict]:
     """Everything; stops before a seed that would not end within the budget, in seconds."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     run = Measurement(data, output, size, torch.device(device))
+    if timed:
+        time_steps(run)
+        run.store()
+    run.channels_last = channels_last
     checkpoints = run.models(models)
     evaluate = Evaluation(run, checkpoints["source"])
     for name, model in checkpoints.items():
@@ -387,6 +424,8 @@ def arguments() -> argparse.ArgumentParser:
     run.add_argument("--seeds", type=int)
     run.add_argument("--base-steps", type=int)
     run.add_argument("--budget", type=float, default=1e9, help="seconds")
+    run.add_argument("--channels-last", action="store_true", help="layout of convolutions")
+    run.add_argument("--time", action="store_true", help="time training steps first")
     run.add_argument("--sweep", type=float, nargs="*", help="learning rates to try first")
     return parser
 
@@ -410,6 +449,8 @@ def main(argv: list[str] | None = None) -> None:
         models=options.models,
         budget=options.budget,
         rates=options.sweep,
+        timed=options.time,
+        channels_last=options.channels_last,
     )
 
 

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables, a plot and a contact sheet of what image_transfer.py measured.
+
+    python benchmarks/quality/image_report.py DIRECTORY --images docs/images \
+        --document docs/quality_images.md
+
+In the document the lines between `<!-- tables -->` and `<!-- end of tables -->` are replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
+KINDS = {"lora": "ordinary LoRA", "lorax": "LoRA-X, full core"}
+ZOOM = 2
+LABEL = 190
+
+
+def select(rows: Iterable[dict], **wanted: object) -> list[dict]:
+    """Rows that have all of these values."""
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and, from two values on, the standard deviation."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def shares(rows: list[dict], pair: str, kind: str, method: str) -> dict[str, list[float]]:
+    """For each seed: the share of the trained adapter's lift, and of the gap from copy to it."""
+    found: dict[str, list[float]] = {"lift": [], "gap": []}
+    for row in select(rows, pair=pair, kind=kind, method=method):
+        none = select(rows, pair=pair, kind="none", seed=row["seed"])[0]["loss"]
+        trained = select(rows, pair=pair, kind=kind, method="trained", seed=row["seed"])[0]["loss"]
+        found["lift"].append(100 * (none - row["loss"]) / (none - trained))
+        copy = select(rows, pair=pair, kind=kind, method="copy", seed=row["seed"])
+        if copy:
+            gap = copy[0]["loss"] - trained
+            found["gap"].append(100 * (copy[0]["loss"] - row["loss"]) / gap)
+    return found
+
+
+def methods(rows: list[dict], pair: str, kind: str) -> list[str]:
+    """Methods that were measured, in the order of the rows."""
+    return list(dict.fromkeys(row["method"] for row in select(rows, pair=pair, kind=kind)))
+
+
+def table(rows: list[dict], pair: str, kind: str) -> str:
+    """Every method for one pair and kind, best first, between no adapter and the trained one."""
+    named = methods(rows, pair, kind)
+    moved = sorted(
+        (m for m in named if m != "trained"),
+        key=lambda m: statistics.mean(
+            r["loss"] for r in select(rows, pair=pair, kind=kind, method=m)
+        ),
+    )
+    lines = [
+        "| method | loss x 1000 | lift kept, % | gap closed, % | style, % | content, % | KID | "
+        "loss, new things | ms |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method in ["none", *moved, "trained"]:
+        chosen = select(rows, pair=pair, kind="none" if method == "none" else kind, method=method)
+        found = shares(rows, pair, kind, method)
+        times = [row["transfer_ms"] for row in chosen if "transfer_ms" in row]
+        cells = [
+            method,
+            spread([1000 * row["loss"] for row in chosen], 2),
+            spread(found["lift"], 0) if found["lift"] else "",
+            spread(found["gap"], 0) if found["gap"] and method not in ("copy", "trained") else "",
+            spread([100 * row["style"] for row in chosen], 0),
+            spread([100 * row["content"] for row in chosen], 0),
+            spread([row["kid"] for row in chosen], 0),
+            spread([1000 * row["loss_new"] for row in chosen], 2),
+            f"{statistics.median(times):.1f}" if times else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tables(result: dict) -> str:
+    """All tables, as markdown."""
+    rows = result["rows"]
+    parts = []
+    source = select(rows, pair="source")
+    for kind, title in KINDS.items():
+        own = [1000 * row["loss"] for row in select(source, kind=kind)]
+        bare = [1000 * row["loss"] for row in select(source, kind="none")]
+        parts.append(f"{title} on its own source: {spread(bare, 2)} without, {spread(own, 2)} with")
+    lines = ["Loss x 1000. " + "; ".join(parts) + "."]
+    for pair in [name for name in result["drift"] if name != "source"]:
+        for kind, title in KINDS.items():
+            if select(rows, pair=pair, kind=kind):
+                lines.append(f"### {pair}, drift {100 * result['drift'][pair]:.1f} %, {title}")
+                lines.append(table(rows, pair, kind))
+    return "\n\n".join(lines)
+
+
+def plot(result: dict, path: Path) -> None:
+    """Share of the lift that each method keeps, over the drift."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows, pairs = result["rows"], [name for name in result["drift"] if name != "source"]
+    figure, axes = pyplot.subplots(1, len(KINDS), figsize=(11, 4.2), sharey=True)
+    for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):
+        named = methods(rows, pairs[0], kind)
+        for method in [m for m in named if m != "trained"]:
+            points = [shares(rows, pair, kind, method)["lift"] for pair in pairs]
+            x = [100 * result["drift"][pair] for pair in pairs]
+            mean = [statistics.mean(values) for values in points]
+            error = [statistics.stdev(v) if len(v) > 1 else 0 for v in points]
+            width = 2.5 if method == "copy" else 1.2
+            axis.errorbar(x, mean, error, label=method, marker="o", linewidth=width, capsize=2)
+        axis.axhline(100, color="black", linewidth=0.8, linestyle="--")
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set(title=title, xlabel="relative drift of the target's weights, %", ylim=(-60, 115))
+        axis.set_xscale("log")
+        axis.legend(fontsize=7)
+    axes[0].set_ylabel("share of the trained adapter's lift, %")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def contact_sheet(result: dict, pictures: dict[str, np.ndarray], path: Path, pair: str) -> None:
+    """Rows are methods, columns captions."""
+    names = ["real noto", "real openmoji", "source none none", "source lora trained"]
+    names += [f"{pair} none none"]
+    for kind in KINDS:
+        names += [f"{pair} {kind} {m}" for m in methods(result["rows"], pair, kind)]
+    names = [name for name in names if name in pictures]
+    side = pictures[names[0]].shape[1] * ZOOM
+    count = len(pictures[names[0]])
+    sheet = Image.new("RGB", (LABEL + count * side, len(names) * (side + 4)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, name in enumerate(names):
+        top = i * (side + 4)
+        pen.text((4, top + side // 2 - 6), name, fill="black")
+        for j, picture in enumerate(pictures[name]):
+            tile = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(tile, (LABEL + j * side, top))
+    sheet.quantize(256).save(path, optimize=True)
+
+
+def write(document: Path, text: str) -> None:
+    """Put the tables between the marks."""
+    content = document.read_text()
+    if BEGIN not in content or END not in content:
+        raise SystemExit(f"{document} needs the lines {BEGIN} and {END}; put them in.")
+    before, after = content.split(BEGIN)[0], content.split(END)[1]
+    document.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("directory", type=Path, help="output of image_transfer.py run")
+    parser.add_argument("--images", type=Path, required=True, help="where the pictures go")
+    parser.add_argument("--document", type=Path, help="markdown whose tables are replaced")
+    options = parser.parse_args(argv)
+    result = json.loads((options.directory / "images.json").read_text())
+    with np.load(options.directory / "pictures.npz") as data:
+        pictures = dict(data)
+    options.images.mkdir(parents=True, exist_ok=True)
+    pairs = [name for name in result["drift"] if name != "source"]
+    plot(result, options.images / "quality_images.png")
+    for pair in pairs:
+        contact_sheet(result, pictures, options.images / f"contact_sheet_{pair}.png", pair)
+    text = tables(result)
+    if options.document is None:
+        print(text)
+    else:
+        write(options.document, text)
+
+
+if __name__ == "__main__":
+    main()
