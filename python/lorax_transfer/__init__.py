@@ -7,8 +7,9 @@
     'copy'
 
 `transfer` writes the moved adapter, `scan` only measures; both return a `Report`. `resize` cuts an
-adapter to fewer directions and `merge` adds several up; both return a `Recompression`. What they
-raise on bad input is in `lorax_transfer.errors`, and the same calls are the command line's.
+adapter to fewer directions and `merge` adds several up; both return a `Recompression`. `fold` makes
+an ordinary LoRA of a LoRA-X adapter; `lorax_transfer.peft` trains such adapters. What they raise on
+bad input is in `lorax_transfer.errors`, and the same calls are the command line's.
 """
 
 from importlib import import_module
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ._api import scan as scan
     from ._api import transfer as transfer
+    from ._fold import fold as fold
     from ._merge import merge as merge
     from ._recompression import Recompression as Recompression
     from ._resize import resize as resize
@@ -25,12 +27,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "transfer": "._api",
     "scan": "._api",
+    "fold": "._fold",
     "resize": "._resize",
     "merge": "._merge",
     "Report": ".report",
     "Recompression": "._recompression",
 }
-__all__ = ["Recompression", "Report", "merge", "resize", "scan", "transfer"]
+__all__ = ["Recompression", "Report", "fold", "merge", "resize", "scan", "transfer"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands that take adapters alone: `lorax-transfer resize` and `lorax-transfer merge`."""
+"""The commands that make one adapter of others on the same base: resize, fold and merge."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,6 +15,7 @@ from ._options import (
     WHERE,
     Adapter,
     Backend,
+    Cache,
     Device,
     Drop,
     Dtype,
@@ -104,7 +105,7 @@ def _is_number(word: str) -> bool:
 
 
 def add_commands(app: typer.Typer, session: Session, command_line: Callable[[], str]) -> None:
-    """Add both commands to the command line.
+    """Add the commands to the command line.
 
     Args:
         app: the command line.
@@ -153,6 +154,54 @@ def add_commands(app: typer.Typer, session: Session, command_line: Callable[[], 
                 command=command_line(),
             )
         _print(done, as_json, quiet)
+
+    @app.command()
+    def fold(
+        adapter: Annotated[
+            str,
+            typer.Argument(
+                metavar="ADAPTER", help="Directory of a LoRA-X adapter.", show_default=False
+            ),
+        ],
+        base: Annotated[
+            str,
+            typer.Option(
+                "--base",
+                metavar="BASE",
+                help="Base model that it was trained on.",
+                show_default=False,
+            ),
+        ],
+        output: Annotated[
+            Path,
+            typer.Option(
+                "--output", "-o", metavar="DIR", help="Directory to write.", show_default=False
+            ),
+        ],
+        dtype: Dtype = "auto",
+        device: Device = "auto",
+        backend: Backend = "auto",
+        cache: Cache = None,
+        overwrite: Overwrite = False,
+        verbose: Verbose = False,
+        quiet: Quiet = False,
+    ) -> None:
+        """Make an ordinary LoRA of a LoRA-X ADAPTER: the same update, loadable by stock PEFT."""
+        with session(verbose, quiet, False) as progress:
+            from ._fold import fold as run
+
+            run(
+                adapter,
+                base,
+                output,
+                dtype=dtype,
+                device=device,
+                backend=backend,
+                cache=cache,
+                overwrite=overwrite,
+                progress=progress,
+                command=command_line(),
+            )
 
     @app.command(cls=_ManyWeights)
     def merge(

@@ -9,11 +9,12 @@ import torch
 
 from ._run import Progress, Run
 from .adapters import Adapter, LoraLayer, write_adapter
+from .adapters.files import write_native
 from .errors import OutputError, TransferError
 from .preflight import PathLike, check_output
 from .provenance import card, provenance
 from .report import Report
-from .settings import Settings
+from .settings import DEFAULT_DIRECTIONS, Settings
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,6 +28,8 @@ def transfer(
     method: str = "lorax",
     rank: int | None = None,
     energy: float | None = None,
+    strength: float = 1.0,
+    directions: int = DEFAULT_DIRECTIONS,
     min_similarity: float | None = None,
     include: str | None = None,
     exclude: str | None = None,
@@ -34,6 +37,7 @@ def transfer(
     dtype: str = "auto",
     device: str = "auto",
     backend: str = "auto",
+    form: str = "auto",
     dry_run: bool = False,
     strict: bool = False,
     overwrite: bool = False,
@@ -49,17 +53,21 @@ def transfer(
     whole or not at all.
 
     Args:
-        adapter: directory of a PEFT LoRA.
+        adapter: directory of a PEFT LoRA, or of a LoRA-X adapter in its native form.
         source: base model that it was trained on: a directory of safetensors, a .safetensors or
             .gguf file, or a Hugging Face id.
         target: base model to move it to, likewise.
         output: directory to write; may be left out of a dry run.
         method: "lorax" projects the update on the target's leading subspaces, "prolora" keeps the
-            part outside of them as well, "copy" carries the factors as they are.
+            part outside of them as well, "transport" rotates along the subspaces, "anchor" undoes
+            the drift of the weights where the update reads and writes, "restore" undoes its largest
+            directions, "copy" carries the factors as they are (docs/methods.md).
         rank: singular directions to keep in every layer; by default 320, capped in each layer at
-            the shorter side of its weight.
+            the shorter side of its weight, and for a LoRA-X adapter its own rank.
         energy: keep the fewest directions that hold this share of each target weight's energy, in
             (0, 1]; with `rank` at most that many.
+        strength: share of the drift that "anchor" and "restore" undo, in [0, 1].
+        directions: directions of each layer's drift that "restore" undoes.
         min_similarity: leave a layer out, instead of moving it, where the similarity of U or V is
             lower, in [0, 1]; ProLoRA used 0.8. The target then has no adapter there.
         include: regular expression; only modules whose path contains it are moved.
@@ -69,6 +77,8 @@ def transfer(
         dtype: of the written factors: "auto" (the adapter's own), "fp32", "bf16" or "fp16".
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         backend: "auto", "cuda", "triton" or "reference".
+        form: what a LoRA-X adapter becomes: "lorax" (cores again), "lora" (factors that stock PEFT
+            loads), or "auto": cores where the method leaves the update in the target's bases.
         dry_run: plan only: no weight is read and nothing is written.
         strict: raise, and write no adapter, if a layer falls below `min_similarity`, changes shape,
             or has a basis above its tolerance.
@@ -93,14 +103,25 @@ def transfer(
         0.51
     """
     settings = Settings(
-        method, rank, energy, min_similarity, include, exclude, dtype, device, backend
+        method,
+        rank,
+        energy,
+        min_similarity,
+        include,
+        exclude,
+        dtype,
+        device,
+        backend,
+        form,
+        strength,
+        directions,
     )
     if output is None and not dry_run:
         raise OutputError("no output was given, expected a directory to write; or ask for a plan.")
     if output is not None:
         check_output(Path(output), overwrite)
     run = Run(settings, drop, strict, report, plot, cache, progress, command)
-    with run.opened(adapter, source, target):
+    with run.opened(adapter, source, target, dry_run):
         if dry_run:
             return run.save(run.plan_report())
         results = run.measure()
@@ -115,14 +136,25 @@ def transfer(
                 f"none of the {len(results)} layers reaches a similarity of {min_similarity}, so "
                 "there is nothing to write; lower --min-similarity or use --method copy without it."
             )
+        cores = run.contracted(results)
         done = run.finish(results, hashes=run.hashes(), is_written=True)
         done = replace(done, output=str(output))
+        if cores is not None:
+            write_native(
+                cores,
+                Path(output or ""),
+                base_model_name_or_path=run.target.location,
+                provenance=provenance(done),
+                model_card=card(done, run.cut, is_lorax=True),
+                overwrite=overwrite,
+            )
+            return run.save(done)
         write_adapter(
             run.adapter.with_layers(_cast(moved, run.adapter, settings.dtype)),
             Path(output or ""),
             base_model_name_or_path=run.target.location,
             provenance=provenance(done),
-            model_card=card(done, settings.cut),
+            model_card=card(done, run.cut),
             dtype=_DTYPES.get(settings.dtype),
             overwrite=overwrite,
         )
@@ -137,6 +169,8 @@ def scan(
     method: str = "lorax",
     rank: int | None = None,
     energy: float | None = None,
+    strength: float = 1.0,
+    directions: int = DEFAULT_DIRECTIONS,
     min_similarity: float | None = None,
     include: str | None = None,
     exclude: str | None = None,
@@ -158,9 +192,11 @@ def scan(
         adapter: as for `transfer`, like the arguments that follow.
         source: base model that the adapter was trained on.
         target: base model to move it to.
-        method: method to show: "lorax", "prolora" or "copy".
+        method: method to show.
         rank: singular directions to keep; by default 320, capped in each layer.
         energy: share of each target weight to keep.
+        strength: share of the drift that "anchor" and "restore" undo.
+        directions: directions of each layer's drift that "restore" undoes.
         min_similarity: layers below it are reported as left out.
         include: regular expression of modules to measure.
         exclude: regular expression of modules to pass over.
@@ -184,7 +220,16 @@ def scan(
         'copy'
     """
     settings = Settings(
-        method, rank, energy, min_similarity, include, exclude, device=device, backend=backend
+        method,
+        rank,
+        energy,
+        min_similarity,
+        include,
+        exclude,
+        device=device,
+        backend=backend,
+        strength=strength,
+        directions=directions,
     )
     run = Run(settings, drop, False, report, plot, cache, progress, command)
     with run.opened(adapter, source, target):

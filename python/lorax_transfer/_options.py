@@ -10,7 +10,12 @@ import typer
 WHAT, HOW, WHERE = "What is moved", "How", "Output"
 
 Adapter = Annotated[
-    str, typer.Argument(metavar="ADAPTER", help="PEFT LoRA directory.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="ADAPTER",
+        help="Directory of a PEFT LoRA, or of a LoRA-X adapter.",
+        show_default=False,
+    ),
 ]
 Source = Annotated[
     str,
@@ -29,10 +34,27 @@ Target = Annotated[
     ),
 ]
 Method = Annotated[
-    Literal["lorax", "prolora", "copy"],
+    Literal["lorax", "prolora", "transport", "anchor", "restore", "copy"],
     typer.Option(
         help="lorax projects the update on the target's leading subspaces; prolora keeps the part "
-        "outside of them as well; copy carries the factors as they are.",
+        "outside of them as well; transport rotates along the subspaces; anchor undoes the drift "
+        "of the weights where the update reads and writes; restore undoes its largest directions, "
+        "and with them a part of the target's own training; copy carries the factors as they are.",
+        rich_help_panel=HOW,
+    ),
+]
+Strength = Annotated[
+    float,
+    typer.Option(
+        metavar="F", help="Share of the drift that anchor and restore undo.", rich_help_panel=HOW
+    ),
+]
+Directions = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Directions of each layer's drift that restore undoes; the written rank grows by it.",
         rich_help_panel=HOW,
     ),
 ]
@@ -105,6 +127,14 @@ Device = Annotated[
 Backend = Annotated[
     Literal["auto", "cuda", "triton", "reference"],
     typer.Option(help="Kernels to use; see lorax-transfer info.", rich_help_panel=HOW),
+]
+Form = Annotated[
+    Literal["auto", "lorax", "lora"],
+    typer.Option(
+        help="What a LoRA-X adapter becomes: lorax writes cores again, lora factors that PEFT "
+        "loads; auto writes cores where the method leaves the update in the target's bases.",
+        rich_help_panel=HOW,
+    ),
 ]
 Cache = Annotated[
     Path | None,

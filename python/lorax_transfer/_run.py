@@ -14,8 +14,10 @@ import torch
 
 import lorax_kernels as lk
 
-from .adapters import read_adapter
+from ._native import contract, expand, outline
+from .adapters import Adapter, lorax_form, read_adapter
 from .adapters.kinds import check_drop
+from .adapters.lorax import NativeAdapter, is_lorax, read_lorax
 from .atomic import atomic_file
 from .bases import BasisMaker
 from .checkpoints import Checkpoint, open_checkpoint
@@ -49,32 +51,46 @@ class Run:
     command: str | None
 
     @contextmanager
-    def opened(self, adapter: PathLike, source: PathLike, target: PathLike) -> Iterator[None]:
+    def opened(
+        self, adapter: PathLike, source: PathLike, target: PathLike, is_dry: bool = False
+    ) -> Iterator[None]:
         """Check what can be checked at once, read the adapter and plan."""
         self.started = time.perf_counter()
         check_file(self.report_path, ".json", "report")
         check_file(self.plot_path, ".png", "plot")
         if self.plot_path is not None:
             from . import plot  # noqa: F401  (fails now, not after the work, without matplotlib)
-        self.adapter = read_adapter(adapter, drop=self.drop)
+        self.native = read_lorax(adapter) if is_lorax(adapter) else None
+        if self.native is None:
+            if self.settings.form == "lorax":
+                raise TransferError(
+                    f"{adapter} is an ordinary LoRA, expected a LoRA-X adapter to write cores of; "
+                    "leave out --form."
+                )
+            self.adapter = read_adapter(adapter, drop=self.drop)
+        elif self.settings.dtype != "auto" and self.settings.form != "lora":
+            raise TransferError(
+                f"dtype is {self.settings.dtype}, but cores are float32; add --form lora to write "
+                "factors of that dtype."
+            )
         with open_checkpoint(source) as self.source, open_checkpoint(target) as self.target:
+            if self.native is not None:
+                self.adapter = self._expand(self.native, is_dry)
             self.plan = make_plan(self.adapter, self.source, self.target, self.settings)
             yield
 
     def measure(self) -> dict[str, Result]:
         """Run the plan."""
-        device = pick_device(self.settings.device)
-        probe_backend(device, self.settings.backend)
-        cache = self.cache or os.environ.get(CACHE_VARIABLE) or None
-        # A GPU has room to batch wider; in main memory the promise is a few weights at a time.
-        room = BATCH_BYTES if device.type == "cpu" else _GPU_BYTES
-        bases = BasisMaker(
-            tol=TOLERANCE,
-            backend=self.settings.backend,
-            workspace=room,
-            cache=None if cache is None else Path(cache),
+        device, bases = self._basis_maker()
+        engine = Engine(
+            self.source,
+            self.target,
+            self.settings,
+            device,
+            bases,
+            bases.workspace,
+            keeps_bases=self.native is not None,
         )
-        engine = Engine(self.source, self.target, self.settings, device, bases, room)
         count, done = len(self.plan.layers), 0
 
         def step(layers: int) -> None:
@@ -89,6 +105,64 @@ class Run:
             raise TransferError(
                 f"{device} has too little memory for a layer of this model; use --device cpu."
             ) from error
+
+    def _basis_maker(self) -> tuple[torch.device, BasisMaker]:
+        device = pick_device(self.settings.device)
+        probe_backend(device, self.settings.backend)
+        cache = self.cache or os.environ.get(CACHE_VARIABLE) or None
+        is_lorax = self.native is not None
+        bases = BasisMaker(
+            tol=lorax_form.TOLERANCE if is_lorax else TOLERANCE,
+            backend=self.settings.backend,
+            # A GPU has room to batch wider; in main memory the promise is a few weights at a time.
+            workspace=BATCH_BYTES if device.type == "cpu" else _GPU_BYTES,
+            cache=None if cache is None else Path(cache),
+            # The cores of LoRA-X stand between single vectors, not between subspaces.
+            is_exact=is_lorax,
+        )
+        return device, bases
+
+    def _expand(self, native: NativeAdapter, is_dry: bool) -> Adapter:
+        if is_dry:
+            return outline(native, self.source)
+        device, bases = self._basis_maker()
+        count, done = len(native.layers), 0
+
+        def step(layers: int) -> None:
+            nonlocal done
+            done += layers
+            self._tell("bases", done, count)
+
+        self._tell("bases", 0, count)
+        return expand(native, self.source, bases, device, step)
+
+    def contracted(self, results: dict[str, Result]) -> NativeAdapter | None:
+        """What is to be written as cores; None where it is to be written as factors."""
+        if self.native is None or self.settings.form == "lora":
+            return None
+        moved = {}
+        for module in self.adapter.layers:
+            result = results.get(module)
+            if result is not None and result.layer is not None and result.basis is not None:
+                moved[module] = (result.layer, result.basis)
+        found = contract(self.native, moved, self.plan, self.target)
+        if isinstance(found, NativeAdapter):
+            return found
+        if self.settings.form == "lorax":
+            raise TransferError(
+                f"method {self.settings.method} takes the update of {found} out of the target's "
+                "leading subspaces, so that no core stands for it; use --form lora, or --method "
+                "lorax."
+            )
+        return None
+
+    @property
+    def cut(self) -> str:
+        """Where the bases are cut, in words."""
+        is_own = self.settings.rank is None and self.settings.energy is None
+        if self.native is not None and is_own:
+            return "rank that of the adapter"
+        return self.settings.cut
 
     def hashes(self) -> tuple[str | None, str | None]:
         """Content hashes of source and target."""
@@ -181,7 +255,11 @@ class Run:
             version=lk.__version__,
             command=self.command,
             adapter=Model(
-                str(self.adapter.location), None, "peft", self.adapter.content_hash, rule=""
+                str(self.adapter.location),
+                None,
+                "peft" if self.native is None else "lorax",
+                self.adapter.content_hash,
+                rule="",
             ),
             source=_model(self.source, hashes[0], self.plan.source_rule),
             target=_model(self.target, hashes[1], self.plan.target_rule),

@@ -32,12 +32,13 @@ def provenance(report: Report) -> dict[str, str]:
     return {key: str(value) for key, value in facts.items() if value is not None}
 
 
-def card(report: Report, cut: str) -> str:
+def card(report: Report, cut: str, is_lorax: bool = False) -> str:
     """The README.md of the adapter that a transfer wrote.
 
     Args:
         report: of the transfer.
         cut: where the bases were cut, in words.
+        is_lorax: whether the adapter is written as cores.
 
     Returns:
         Markdown.
@@ -54,6 +55,7 @@ def card(report: Report, cut: str) -> str:
         dropped=report.dropped,
         dropped_kinds=report.dropped_kinds,
         tags=["lorax-transfer"],
+        is_lorax=is_lorax,
     )
 
 

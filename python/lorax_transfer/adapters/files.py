@@ -2,7 +2,7 @@
 """The door to the adapter formats: reading picks the format by content."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from lorax_transfer.adapters.adapter import FACTOR_DTYPES, Adapter
 from lorax_transfer.adapters.kinds import check_drop
+from lorax_transfer.adapters.lorax import NativeAdapter, is_lorax, write_lorax
 from lorax_transfer.adapters.peft import CONFIG_FILE, is_peft, read_peft, write_peft
 from lorax_transfer.atomic import atomic_directory
 from lorax_transfer.errors import AdapterError, OutputError
@@ -63,6 +64,11 @@ def read_adapter(path: str | os.PathLike[str], *, drop: Collection[str] = ()) ->
         raise AdapterError(
             f"{directory} holds no adapter, expected {CONFIG_FILE} and adapter_model.safetensors; "
             f"{hint}."
+        )
+    if is_lorax(directory):
+        raise AdapterError(
+            f"{directory} is a LoRA-X adapter in its native form, expected LoRA factors; make an "
+            "ordinary LoRA of it with `lorax-transfer fold`."
         )
     return read_peft(directory, kinds)
 
@@ -119,17 +125,65 @@ def write_adapter(
         raise OutputError(
             f"cannot write factors as {dtype}, expected float16, bfloat16, float32 or float64."
         )
+
+    def write(temporary: Path) -> list[str]:
+        return write_peft(
+            adapter,
+            temporary,
+            base_model_name_or_path=base_model_name_or_path,
+            provenance=provenance,
+            dtype=dtype,
+        )
+
+    return _write(target, write, model_card, overwrite)
+
+
+def write_native(
+    native: NativeAdapter,
+    directory: str | os.PathLike[str],
+    *,
+    base_model_name_or_path: str,
+    provenance: dict[str, str],
+    model_card: str,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write a LoRA-X adapter in its native form.
+
+    Args:
+        native: what to write.
+        directory: where to write it.
+        base_model_name_or_path: the base model that the adapter belongs to.
+        provenance: as for `write_adapter`, like the arguments that follow.
+        model_card: text of README.md.
+        overwrite: replace an existing adapter directory.
+
+    Returns:
+        Paths of the files written.
+
+    Raises:
+        OutputError: if the directory exists, holds something else than an adapter, or cannot be
+            written.
+    """
+
+    def write(temporary: Path) -> list[str]:
+        return write_lorax(
+            native,
+            temporary,
+            base_model_name_or_path=base_model_name_or_path,
+            provenance=provenance,
+        )
+
+    return _write(Path(directory), write, model_card, overwrite)
+
+
+def _write(
+    target: Path, write: Callable[[Path], list[str]], model_card: str, overwrite: bool
+) -> list[Path]:
     if overwrite:
         _refuse_to_delete(target)
     try:
         with atomic_directory(target, overwrite=overwrite) as temporary:
-            names = write_peft(
-                adapter,
-                temporary,
-                base_model_name_or_path=base_model_name_or_path,
-                provenance=provenance,
-                dtype=dtype,
-            )
+            names = write(temporary)
             card = temporary / "README.md"
             card.write_text(model_card, encoding="utf-8", errors="backslashreplace")
     except (OSError, SafetensorError) as error:

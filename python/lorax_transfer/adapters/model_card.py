@@ -19,6 +19,7 @@ def model_card(
     dropped: Sequence[str] = (),
     dropped_kinds: Sequence[str] = (),
     tags: Sequence[str] = (),
+    is_lorax: bool = False,
 ) -> str:
     """Describe a transferred adapter.
 
@@ -34,6 +35,7 @@ def model_card(
         dropped: names of the tensors that were left out.
         dropped_kinds: their kinds, for the sentence above the names.
         tags: more tags for the metadata.
+        is_lorax: whether it is written as cores, which stock PEFT does not load.
 
     Returns:
         Markdown with YAML front matter, ending with a newline.
@@ -86,10 +88,14 @@ def model_card(
         "## Use",
         "",
         "```python",
-        "from peft import PeftModel",
+        "from lorax_transfer.peft import load_lorax_adapter"
+        if is_lorax
+        else "from peft import PeftModel",
         "",
         f"# model: {_short(base_model)}, loaded with the library that it belongs to",
-        'model = PeftModel.from_pretrained(model, "path/to/this/directory")',
+        'model = load_lorax_adapter(model, "path/to/this/directory")'
+        if is_lorax
+        else 'model = PeftModel.from_pretrained(model, "path/to/this/directory")',
         "```",
     ]
     return "\n".join(lines) + "\n"

@@ -48,9 +48,9 @@ def read_peft(path: Path, drop: frozenset[str]) -> Adapter:
     Raises:
         AdapterError: if anything is missing, broken, unknown, or refused.
     """
-    config = _read_config(path)
+    config = read_config(path)
     check_config(config, path)
-    tensors, metadata, content_hash = _read_tensors(path)
+    tensors, metadata, content_hash = read_tensors(path)
     names = {
         name: parse_name(short, config) for name, short in strip_prefixes(tensors.keys()).items()
     }
@@ -76,7 +76,8 @@ def read_peft(path: Path, drop: frozenset[str]) -> Adapter:
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration in an adapter's directory; AdapterError if it is missing or broken."""
     file = path / CONFIG_FILE
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -97,7 +98,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str], str]:
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str], str]:
+    """Tensors, metadata and hash of an adapter's file; AdapterError if it is not safetensors."""
     file = path / TENSOR_FILE
     if not file.is_file():
         if (path / _PICKLE_FILE).is_file():
@@ -241,15 +243,38 @@ def write_peft(
         OutputError: if a factor does not fit into dtype.
     """
     config = output_config(adapter, base_model_name_or_path)
+    tensors = _output_tensors(adapter.layers.values(), dtype)
+    return write_files(directory, config, tensors, adapter.metadata, provenance)
+
+
+def write_files(
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: dict[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    provenance: Mapping[str, str],
+) -> list[str]:
+    """Write the two files of an adapter of any kind into a directory.
+
+    Args:
+        directory: an existing directory.
+        config: the configuration.
+        tensors: contiguous tensors that share no memory, by name.
+        metadata: entries for the header of the tensor file.
+        provenance: further ones, by short name.
+
+    Returns:
+        Names of the files written.
+    """
     text = json.dumps(config, indent=2, sort_keys=True)
     (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    metadata = {**adapter.metadata, "format": "pt"}
+    header = {**metadata, "format": "pt"}
     for key, value in provenance.items():
         # A command line can hold a file name that is not Unicode.
         clean = str(value).encode(errors="backslashreplace").decode()
-        metadata[_PROVENANCE + key.removeprefix(_PROVENANCE)] = clean
+        header[_PROVENANCE + key.removeprefix(_PROVENANCE)] = clean
     file = directory / TENSOR_FILE
-    save_file(_output_tensors(adapter.layers.values(), dtype), file, metadata=metadata)
+    save_file(tensors, file, metadata=header)
     _sort_metadata(file)
     # safetensors makes files that only their owner may read, whatever the umask says.
     file.chmod((directory / CONFIG_FILE).stat().st_mode)

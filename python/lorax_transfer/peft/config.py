@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorax_transfer.adapters.lorax_form import CORES, FORMAT_VERSION, PEFT_TYPE
+from lorax_transfer.errors import AdapterError
 
 # What of a LoraConfig a LoRA-X adapter keeps; the rest describes factors that it does not train.
 _KEPT = (
@@ -60,7 +61,7 @@ class LoraXConfig(LoraConfig):
         target_modules: names of modules, a regular expression, or "all-linear".
 
     Raises:
-        ValueError: an option is out of range or belongs to an ordinary LoRA only.
+        AdapterError: an option is out of range or belongs to an ordinary LoRA only.
 
     Example:
         >>> LoraXConfig(r=64, core="full", target_modules=["q_proj", "v_proj"]).core
@@ -94,21 +95,21 @@ class LoraXConfig(LoraConfig):
 
     def _check(self) -> None:
         if self.core not in CORES:
-            raise ValueError(f"core is {self.core!r}, expected one of {', '.join(CORES)}")
+            raise AdapterError(f"core is {self.core!r}, expected one of {', '.join(CORES)}")
         if self.r < 1:
-            raise ValueError(f"r is {self.r}, expected at least 1")
+            raise AdapterError(f"r is {self.r}, expected at least 1")
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise ValueError(f"energy is {self.energy}, expected a share in (0, 1]")
+            raise AdapterError(f"energy is {self.energy}, expected a share in (0, 1]")
         if (self.core == "banded") != (self.bandwidth > 0):
-            raise ValueError(
+            raise AdapterError(
                 f"bandwidth is {self.bandwidth} with a {self.core} core, expected 1 or more with a "
                 "banded core and 0 with any other"
             )
         if self.lora_alpha not in (None, self.scale * self.r):
-            raise ValueError(f"lora_alpha is {self.lora_alpha}, expected None; set scale instead")
+            raise AdapterError(f"lora_alpha is {self.lora_alpha}, expected None; set scale instead")
         found = [name for name in _REFUSED if getattr(self, name)]
         if found or self.bias != "none":
-            raise ValueError(
+            raise AdapterError(
                 f"{', '.join(found) or 'bias'} is an option of an ordinary LoRA that a LoRA-X "
                 "adapter cannot carry; leave it out"
             )
@@ -117,6 +118,8 @@ class LoraXConfig(LoraConfig):
         """The content of the native form's ``adapter_config.json``."""
         everything = super().to_dict()
         kept = {name: everything[name] for name in (*_KEPT, *_OWN) if name in everything}
+        # PEFT keeps module names as a set, whose order changes from run to run.
+        kept.update({key: sorted(x) for key, x in kept.items() if isinstance(x, (set, list))})
         return {**kept, "peft_type": PEFT_TYPE, "format_version": FORMAT_VERSION}
 
     @classmethod
@@ -124,13 +127,13 @@ class LoraXConfig(LoraConfig):
         """Make a configuration of what `to_dict` gave.
 
         Raises:
-            ValueError: it is of another kind of adapter, or of a later version of this one.
+            AdapterError: it is of another kind of adapter, or of a later version of this one.
         """
         kind, version = kwargs.pop("peft_type", None), kwargs.pop("format_version", None)
         if kind != PEFT_TYPE:
-            raise ValueError(f"peft_type is {kind!r}, expected {PEFT_TYPE!r}: no LoRA-X adapter")
+            raise AdapterError(f"peft_type is {kind!r}, expected {PEFT_TYPE!r}: no LoRA-X adapter")
         if version != FORMAT_VERSION:
-            raise ValueError(
+            raise AdapterError(
                 f"format_version is {version!r}, expected {FORMAT_VERSION}; load the adapter with "
                 "the version of lorax-transfer that wrote it"
             )

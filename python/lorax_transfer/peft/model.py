@@ -1,17 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model with a LoRA-X adapter: put on, found again, turned into an ordinary LoRA."""
+"""A model and its LoRA-X adapters: put on, loaded from files, written as an ordinary LoRA."""
 
 import os
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model
+import torch
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
+import lorax_kernels as lk
+from lorax_transfer._fold import card
+from lorax_transfer._native import lora_config, lora_layer
+from lorax_transfer.adapters import Adapter, write_adapter
+from lorax_transfer.adapters.lorax import NativeLayer, read_lorax
+from lorax_transfer.adapters.lorax_form import matching
+from lorax_transfer.errors import AdapterError, MatchError
+
+from .bases import bases_of
 from .config import LoraXConfig
-from .filling import bases_of
 from .layers import LoraXLayer
 
+PathLike = str | os.PathLike[str]
 CACHE_VARIABLE = "LORAX_TRANSFER_CACHE"
 
 
@@ -26,7 +36,7 @@ def add_lorax_adapter(
     sigma_power: float = 0.0,
     target_modules: list[str] | str = "all-linear",
     adapter_name: str = "default",
-    cache: str | os.PathLike[str] | None = None,
+    cache: PathLike | None = None,
     **peft_options: Any,
 ) -> PeftModel:
     """Put a LoRA-X adapter on a model, ready to train.
@@ -49,8 +59,8 @@ def add_lorax_adapter(
         The model, wrapped by PEFT; only the cores are trainable.
 
     Raises:
-        ValueError: an option is out of range, or a target already has an ordinary LoRA.
-        TypeError: a target is quantised.
+        AdapterError: an option is out of range; a target is quantised, has an ordinary LoRA, or
+            has equal singular values.
 
     Example:
         >>> model = add_lorax_adapter(model, 64, core="full")  # doctest: +SKIP
@@ -66,13 +76,123 @@ def add_lorax_adapter(
         target_modules=target_modules,
         **peft_options,
     )
-    config.waits_for_bases = True
-    if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, config)
-    else:
-        model = get_peft_model(model, config, adapter_name)
-    fill_bases(model, adapter_name, cache)
+    model = _inject(model, config, adapter_name)
+    layers = lorax_layers(model, adapter_name)
+    weights = [layer.base_matrix() for layer in layers.values()]
+    ranks = [layer.r[adapter_name] for layer in layers.values()]
+    svds = bases_of(weights, ranks, energy, _directory(cache))
+    for (module, layer), svd in zip(layers.items(), svds, strict=True):
+        layer.set_bases(adapter_name, svd, config, module)
     return model
+
+
+def load_lorax_adapter(
+    model: nn.Module,
+    path: PathLike,
+    adapter_name: str = "default",
+    *,
+    is_trainable: bool = False,
+    cache: PathLike | None = None,
+) -> PeftModel:
+    """Load a LoRA-X adapter from its native form onto the base model that it was trained on.
+
+    Args:
+        model: the base model, or a `PeftModel` of it. Its weights may be in another dtype than in
+            training, if those of training are a rounding of them.
+        path: directory that `save_pretrained`, a Trainer or `lorax-transfer` wrote.
+        adapter_name: its name in the model.
+        is_trainable: whether to go on training it.
+        cache: directory of bases to reuse and add to; as for `add_lorax_adapter`.
+
+    Returns:
+        The model, wrapped by PEFT.
+
+    Raises:
+        AdapterError: the adapter is missing, broken, or of another kind.
+        MatchError: the model is not the one that the adapter was trained on.
+
+    Example:
+        >>> model = load_lorax_adapter(model, "adapters/summarise")  # doctest: +SKIP
+    """
+    native = read_lorax(path)
+    config = LoraXConfig.from_pretrained(str(path))
+    config.inference_mode = not is_trainable
+    # By name: the file says exactly which modules it holds.
+    config.target_modules = list(native.layers)
+    model = _inject(model, config, adapter_name)
+    layers = lorax_layers(model, adapter_name)
+    absent = sorted(native.layers.keys() - layers.keys())
+    if absent:
+        raise MatchError(
+            f"the model has no module {absent[0]} that the adapter in {path} is for "
+            f"({len(absent)} such); load it onto the base model that it was trained on."
+        )
+    weights = [_trained_on(layer, native.layers[module]) for module, layer in layers.items()]
+    ranks = [native.layers[module].rank for module in layers]
+    svds = bases_of(weights, ranks, cache=_directory(cache))
+    for (module, layer), svd in zip(layers.items(), svds, strict=True):
+        layer.set_bases(adapter_name, svd, config, module, native.layers[module].digest)
+    set_peft_model_state_dict(model, native.state_dict(), adapter_name)
+    return model
+
+
+def save_as_lora(
+    model: PeftModel,
+    output: PathLike,
+    adapter_name: str = "default",
+    *,
+    dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
+) -> None:
+    """Write a LoRA-X adapter as an ordinary LoRA of the same update, which stock PEFT loads.
+
+    Args:
+        model: model with the adapter.
+        output: directory to write.
+        adapter_name: its name in the model.
+        dtype: of the factors.
+        overwrite: replace an existing adapter.
+
+    Raises:
+        AdapterError: there is no such LoRA-X adapter, or a convolution is dilated, which PEFT's
+            LoRA is not.
+        OutputError: the directory exists or cannot be written.
+
+    Example:
+        >>> save_as_lora(model, "summarise-lora")  # doctest: +SKIP
+    """
+    found = lorax_layers(model, adapter_name)
+    if not found:
+        raise AdapterError(
+            f"the model has no LoRA-X adapter {adapter_name!r}, expected one of "
+            f"{', '.join(model.peft_config)}; give adapter_name."
+        )
+    layers = []
+    for module, layer in found.items():
+        layer.check_foldable(module)
+        left, V = (x.detach().cpu() for x in layer.factors_of(adapter_name))
+        shape = tuple(layer.get_base_layer().weight.shape)
+        layers.append(lora_layer(module, left, V.mT.contiguous(), shape))
+    config = model.peft_config[adapter_name].to_dict()
+    base = config["base_model_name_or_path"] or getattr(model.config, "name_or_path", "") or ""
+    adapter = Adapter(
+        layers={layer.module: layer for layer in layers},
+        config=lora_config(config, layers),
+        metadata={},
+        location=Path(output),
+        dropped=(),
+        content_hash="",
+        is_lorax=True,
+    )
+    write_adapter(
+        adapter,
+        output,
+        base_model_name_or_path=base,
+        provenance={"kind": "fold", "version": lk.__version__},
+        model_card=card(base),
+        dtype=dtype,
+        overwrite=overwrite,
+    )
 
 
 def lorax_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraXLayer]:
@@ -84,20 +204,32 @@ def lorax_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, L
     }
 
 
-def fill_bases(
-    model: nn.Module, adapter_name: str, cache: str | os.PathLike[str] | None = None
-) -> None:
-    """Compute the bases of an adapter that has none yet, all layers in one call."""
-    config = model.peft_config[adapter_name]
-    layers = list(lorax_layers(model, adapter_name).values())
+def _inject(model: nn.Module, config: LoraXConfig, adapter_name: str) -> PeftModel:
+    config.waits_for_bases = True
+    try:
+        if not isinstance(model, PeftModel):
+            return get_peft_model(model, config, adapter_name)
+        if adapter_name in model.peft_config:
+            raise AdapterError(
+                f"the model has an adapter {adapter_name!r} already, expected another name; give "
+                "adapter_name, or delete_adapter first."
+            )
+        model.add_adapter(adapter_name, config)
+        return model
+    finally:
+        config.waits_for_bases = False
+
+
+def _trained_on(layer: LoraXLayer, native: NativeLayer) -> torch.Tensor:
+    weight = matching(layer.get_base_layer().weight.detach(), native.digest)
+    if weight is None:
+        raise MatchError(
+            f"the base weight of {native.module} is not the one that the adapter was trained on; "
+            "load the base model that it names, or move it with `lorax-transfer transfer`."
+        )
+    return layer.as_matrix(weight)
+
+
+def _directory(cache: PathLike | None) -> Path | None:
     cache = cache or os.environ.get(CACHE_VARIABLE) or None
-    weights = [layer.base_matrix() for layer in layers]
-    svds = bases_of(
-        weights,
-        [layer.r[adapter_name] for layer in layers],
-        config.energy,
-        None if cache is None else Path(cache),
-    )
-    for layer, svd in zip(layers, svds, strict=True):
-        layer.set_bases(adapter_name, svd, config)
-    config.waits_for_bases = False
+    return None if cache is None else Path(cache)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorax_transfer.adapters.lorax_form import DIGEST_BYTES, PROBES, dense_core
+from lorax_transfer.adapters.lorax_form import DIGEST_BYTES, PROBES, core_shape, dense_core
+
+from .config import LoraXConfig
 
 
 class FrozenFactor(nn.Module):
@@ -22,6 +24,7 @@ class FrozenFactor(nn.Module):
     """
 
     def __init__(self, basis: torch.Tensor, compute_dtype: torch.dtype) -> None:
+        """Hold a basis."""
         super().__init__()
         self.basis = nn.Parameter(basis, requires_grad=False)
         self.compute_dtype = compute_dtype
@@ -57,26 +60,29 @@ class Core(nn.Module):
     """The trained core `C` of one layer and what its bases are recognised by.
 
     Args:
-        form: "diagonal", "full" or "banded".
+        config: the adapter's configuration.
         rank: directions `k`.
-        bandwidth: side diagonals of a banded core.
         device: where to create it.
 
     Attributes:
-        weight: `(k,)`, `(k, k)`, or `(2 bandwidth + 1, k)` with row `i` the diagonal
-            `i - bandwidth`, its first entries used; float32, zero at first.
+        weight: `(k,)` diagonal, `(k, k)` full, or `(2 w + 1, k)` banded (`dense_core` says how the
+            diagonals lie in it); float32, zero at first.
+        weights: `(k,)`, what directions are weighed by on either side of the core.
         probe: `(2, k)`, see `lorax_form.probe`.
         digest: `(16,)` uint8, see `lorax_form.digest`.
     """
 
-    def __init__(
-        self, form: str, rank: int, bandwidth: int, device: torch.device | None = None
-    ) -> None:
+    SAVED = ("weight", "probe", "digest")
+
+    def __init__(self, config: LoraXConfig, rank: int, device: torch.device) -> None:
+        """Make a core of zeros."""
         super().__init__()
-        shapes = {"diagonal": (rank,), "full": (rank, rank), "banded": (2 * bandwidth + 1, rank)}
-        self.form = form
+        self.config = config
+        self.form = config.core
         self.rank = rank
-        self.weight = nn.Parameter(torch.zeros(shapes[form], device=device))
+        shape = core_shape(config.core, rank, config.bandwidth)
+        self.weight = nn.Parameter(torch.zeros(shape, device=device))
+        self.register_buffer("weights", torch.ones(rank, device=device), persistent=False)
         self.register_buffer("probe", torch.zeros(PROBES, rank, device=device))
         digest = torch.zeros(DIGEST_BYTES, dtype=torch.uint8, device=device)
         self.register_buffer("digest", digest)
@@ -84,3 +90,14 @@ class Core(nn.Module):
     def dense(self) -> torch.Tensor:
         """The core as a matrix `(k, k)`; differentiable."""
         return dense_core(self.weight, self.form)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        # model.to(bfloat16) is about the base; a core of three digits would not learn.
+        tensors = {**self._parameters, **self._buffers}
+        exact = {name: tensor.data for name, tensor in tensors.items() if tensor is not None}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:
+                after.data = before.to(after.device)
+        return self
