@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a plan to results: weights are read a few at a time, and only small things outlive them."""
 
-import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -10,15 +8,14 @@ import torch
 
 import lorax_kernels as lk
 
+from ._moves import Batch, Factors, move, outcomes
 from .adapters import Adapter, LoraLayer
 from .bases import Basis, BasisMaker
 from .checkpoints import Checkpoint
 from .errors import CheckpointError
 from .plan import BATCH_BYTES, LayerPlan, Plan
-from .report import BasisFacts, LayerReport, Outcome, Similarity
-from .settings import METHODS, Settings
-
-Factors = tuple[torch.Tensor, torch.Tensor]
+from .report import BasisFacts, LayerReport, Similarity
+from .settings import Settings
 
 
 @dataclass(frozen=True)
@@ -83,9 +80,22 @@ class Engine:
         return results
 
     def _run_batch(self, plans: list[LayerPlan], layers: list[LoraLayer]) -> list[Result]:
-        drifts, targets, sources = self._bases(plans)
-        factors = [(layer.matrix_B, layer.matrix_A) for layer in layers]
-        moved = _move(factors, plans, targets, sources, self.settings, self.device)
+        # The weights end with this call: results hold nothing of their size.
+        sources = [self._read(self.source, x.source_tensor, x.is_transposed) for x in plans]
+        targets = [self._read(self.target, x.target_tensor, x.is_transposed) for x in plans]
+        drifts = [_drift(s, t) for s, t in zip(sources, targets, strict=True)]
+        in_source, in_target = self._bases(plans, sources, targets, drifts)
+        batch = Batch(
+            factors=[(layer.matrix_B, layer.matrix_A) for layer in layers],
+            scales=[layer.scale for layer in layers],
+            source_weights=sources,
+            target_weights=targets,
+            sources=[basis.svd for basis in in_source],
+            targets=[basis.svd for basis in in_target],
+            drifts=drifts,
+        )
+        moved = move(batch, self.settings)
+        found = outcomes(batch, moved)
         results = []
         for i, (planned, layer) in enumerate(zip(plans, layers, strict=True)):
             report = LayerReport(
@@ -94,28 +104,31 @@ class Engine:
                 reason=planned.reason,
                 method=self.settings.method,
                 lora_rank=layer.rank,
-                rank=targets[i].svd.rank,
+                rank=in_target[i].svd.rank,
                 source_tensor=planned.source_tensor,
                 target_tensor=planned.target_tensor,
                 source_shape=planned.source_shape,
                 target_shape=planned.target_shape,
                 is_validated=not planned.is_reshaped,
-                source_basis=_facts(sources[i]),
-                target_basis=_facts(targets[i]),
-                similarity=_similarity(planned, sources[i].svd, targets[i].svd),
+                source_basis=_facts(in_source[i]),
+                target_basis=_facts(in_target[i]),
+                similarity=_similarity(planned, in_source[i].svd, in_target[i].svd),
                 drift=drifts[i],
-                update_norm=lk.update_norm(*factors[i]) * abs(layer.scale),
-                outcomes=_outcomes(factors[i], {m: moved[m][i] for m in moved if i in moved[m]}),
+                update_norm=lk.update_norm(*batch.factors[i]) * abs(layer.scale),
+                outcomes=found[i],
             )
             result = self._judge(report, layer, moved[self.settings.method][i])
-            results.append(replace(result, basis=targets[i].svd if self.keeps_bases else None))
+            results.append(replace(result, basis=in_target[i].svd if self.keeps_bases else None))
         return results
 
-    def _bases(self, plans: list[LayerPlan]) -> tuple[list[float | None], list[Basis], list[Basis]]:
-        """Drift, target's basis and source's basis of each layer; the weights end here."""
-        targets = [self._read(self.target, x.target_tensor, x.is_transposed) for x in plans]
-        sources = [self._read(self.source, x.source_tensor, x.is_transposed) for x in plans]
-        drifts = [_drift(s, t) for s, t in zip(sources, targets, strict=True)]
+    def _bases(
+        self,
+        plans: list[LayerPlan],
+        sources: list[torch.Tensor],
+        targets: list[torch.Tensor],
+        drifts: list[float | None],
+    ) -> tuple[list[Basis], list[Basis]]:
+        """The source's and the target's basis of each layer."""
         in_target = self.bases.make(targets, [x.rank for x in plans], self.settings.energy)
         # The target's basis decides the rank and is where the source's iteration starts: between
         # related models that leaves it two to four passes.
@@ -126,7 +139,7 @@ class Engine:
             [sources[i] for i in rest], [in_target[i].svd.rank for i in rest], start=start
         )
         in_source.update(zip(rest, made, strict=True))
-        return drifts, in_target, [in_source[i] for i in range(len(plans))]
+        return [in_source[i] for i in range(len(plans))], in_target
 
     def _read(self, checkpoint: Checkpoint, name: str, is_transposed: bool) -> torch.Tensor:
         weight = checkpoint.read(name)
@@ -159,57 +172,6 @@ class Engine:
             reasons.append(f"basis error {error:.1e} is above {self.bases.tol:g}")
         moved = layer.with_factors(*factors)
         return Result(replace(report, reason="; ".join(reasons)), moved)
-
-
-def _move(
-    factors: list[Factors],
-    plans: list[LayerPlan],
-    targets: list[Basis],
-    sources: list[Basis],
-    settings: Settings,
-    device: torch.device,
-) -> dict[str, dict[int, Factors]]:
-    """The factors by every method, for the layers that it is defined for."""
-    moved: dict[str, dict[int, Factors]] = {}
-    wide = [(B.to(device, torch.float32), A.to(device, torch.float32)) for B, A in factors]
-    for method in METHODS:
-        chosen = [i for i, x in enumerate(plans) if method == "lorax" or not x.is_reshaped]
-        if not chosen:
-            moved[method] = {}
-            continue
-        if method == "copy":
-            # Not through float32: a copy is exact.
-            moved[method] = {i: factors[i] for i in chosen}
-            continue
-        with warnings.catch_warnings():
-            # The report says it of each layer.
-            warnings.simplefilter("ignore", lk.UnvalidatedTransferWarning)
-            lora_B, lora_A = lk.transfer_lora(
-                [wide[i][0] for i in chosen],
-                [wide[i][1] for i in chosen],
-                [targets[i].svd for i in chosen],
-                [sources[i].svd for i in chosen],
-                method,
-                backend=settings.backend,
-            )
-        pairs = zip(chosen, lora_B, lora_A, strict=True)
-        moved[method] = {i: (B.cpu(), A.cpu()) for i, B, A in pairs}
-    return moved
-
-
-def _outcomes(before: Factors, after: dict[str, Factors]) -> dict[str, Outcome]:
-    norm = lk.update_norm(*before)
-    if norm == 0:
-        return {}
-    outcomes = {}
-    for method, (B, A) in after.items():
-        ratio = lk.update_norm(B, A) / norm
-        change = None
-        if (len(B), A.shape[1]) == (len(before[0]), before[1].shape[1]):
-            inner = lk.update_inner(B, A, *before) / norm**2
-            change = 0.0 if method == "copy" else math.sqrt(max(0.0, ratio**2 - 2 * inner + 1))
-        outcomes[method] = Outcome(ratio**2, ratio, change)
-    return outcomes
 
 
 def _drift(source: torch.Tensor, target: torch.Tensor) -> float | None:

@@ -21,6 +21,9 @@ _STYLES: dict[str, dict[str, Any]] = {
     "copy": {"marker": "_", "color": "#8a8a8a", "markersize": 8, "markeredgewidth": 1.5},
     "prolora": {"marker": "s", "color": "#d55e00", "markersize": 7, "markerfacecolor": "none"},
     "lorax": {"marker": "o", "color": "#0072b2", "markersize": 4},
+    "transport": {"marker": "D", "color": "#009e73", "markersize": 6, "markerfacecolor": "none"},
+    "anchor": {"marker": "^", "color": "#cc79a7", "markersize": 6, "markerfacecolor": "none"},
+    "restore": {"marker": "v", "color": "#e69f00", "markersize": 6, "markerfacecolor": "none"},
 }
 
 

@@ -21,11 +21,17 @@ class Outcome:
         norm_ratio: `||dW_t|| / ||dW||`.
         change: `||dW_t - dW|| / ||dW||`, how far the result is from direct copy; None where shapes
             differ.
+        rank: rank of the result as it is written; in totals the largest.
+        drift_undone: `-<dW_t - dW, D> / ||D||^2` with the drift `D = W_t - W_s`: the share of the
+            target's own training that the result takes back; about 0 for a method that knows
+            nothing of it. None where there is no drift or shapes differ.
     """
 
     energy_kept: float
     norm_ratio: float
     change: float | None
+    rank: int
+    drift_undone: float | None = None
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 from .errors import TransferError
 
-METHODS = ("lorax", "prolora", "copy")
+METHODS = ("lorax", "prolora", "transport", "anchor", "restore", "copy")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 FORMS = ("auto", "lorax", "lora")
 BACKENDS = ("auto", "cuda", "triton", "reference")
 
 # The rank that LoRA-X was published with.
 DEFAULT_RANK = 320
+
+# Directions of each layer's drift that "restore" undoes; docs/methods.md has what was measured.
+DEFAULT_DIRECTIONS = 4
 
 # Relative projector error of every basis; the rounding of a bf16 adapter is 4e-3.
 TOLERANCE = 1e-3
@@ -23,7 +26,7 @@ class Settings:
     """The options of one run, checked.
 
     Attributes:
-        method: "lorax", "prolora" or "copy".
+        method: one of `METHODS`.
         rank: singular directions to keep in every layer; None for `DEFAULT_RANK` or `energy`.
         energy: keep the fewest directions that hold this share of each target weight, in (0, 1].
         min_similarity: leave a layer out where the similarity of U or of V is lower, in [0, 1].
@@ -34,6 +37,8 @@ class Settings:
         backend: "auto", "cuda", "triton" or "reference".
         form: of the written adapter: "lorax" (cores), "lora" (factors), or "auto": cores where an
             adapter came as cores and still lies in the target's bases.
+        strength: share of the drift that "anchor" and "restore" undo where they do, in [0, 1].
+        directions: singular directions of each layer's drift that "restore" undoes.
 
     Raises:
         TransferError: an option is out of range.
@@ -49,6 +54,8 @@ class Settings:
     device: str = "auto"
     backend: str = "auto"
     form: str = "auto"
+    strength: float = 1.0
+    directions: int = DEFAULT_DIRECTIONS
 
     def __post_init__(self) -> None:
         """Check every option that can be checked without a model."""
@@ -58,6 +65,10 @@ class Settings:
         _one_of("form", self.form, FORMS)
         if self.rank is not None and self.rank < 1:
             raise TransferError(f"rank is {self.rank}, expected 1 or more.")
+        if not 0 <= self.strength <= 1:
+            raise TransferError(f"strength is {self.strength}, expected a share in [0, 1].")
+        if self.directions < 1:
+            raise TransferError(f"directions is {self.directions}, expected 1 or more.")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise TransferError(f"energy is {self.energy}, expected a share in (0, 1], e.g. 0.9.")
         if self.min_similarity is not None and not 0 <= self.min_similarity <= 1:

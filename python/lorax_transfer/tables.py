@@ -145,15 +145,17 @@ def _methods(report: Report) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
     table.title, table.title_justify = "\nAll layers, weighted by the energy of the update", "left"
     table.title_style = "bold"
-    for heading in ("method", "energy kept", "norm ratio", "change from copy"):
+    for heading in ("method", "rank", "energy", "norm", "change from copy", "drift undone"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for name, outcome in report.totals.methods.items():
         is_chosen = name == report.settings["method"] and report.kind == "transfer"
         table.add_row(
             name + (" (written)" if is_chosen and report.output else ""),
+            str(outcome.rank),
             f"{outcome.energy_kept:.1%}",
             f"{outcome.norm_ratio:.3f}",
             "-" if outcome.change is None else f"{outcome.change:.3f}",
+            "-" if outcome.drift_undone is None else f"{outcome.drift_undone:.1%}",
             style="bold" if is_chosen else None,
         )
     return table

@@ -66,7 +66,14 @@ def _together(layers: Sequence[LayerReport], method: str) -> Outcome:
     kept = _mean([(x, outcome.energy_kept) for x, outcome in of]) or 0.0
     squares = [(x, o.change**2) for x, o in of if o.change is not None]
     change = _mean(squares) if len(squares) == len(of) else None
-    return Outcome(kept, math.sqrt(kept), None if change is None else math.sqrt(change))
+    undone = _mean([(x, o.drift_undone) for x, o in of if o.drift_undone is not None])
+    return Outcome(
+        kept,
+        math.sqrt(kept),
+        None if change is None else math.sqrt(change),
+        max((outcome.rank for _, outcome in of), default=0),
+        undone,
+    )
 
 
 def _energy_written(layers: Sequence[LayerReport], written: Sequence[LayerReport]) -> float | None:

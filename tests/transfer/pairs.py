@@ -91,16 +91,28 @@ def expected(pair: Pair, method: str, rank: int) -> dict[str, torch.Tensor]:
     """What the method makes of every update, from the equations alone."""
     found = {}
     for name, dW in updates(pair.source_model, pair.adapter).items():
-        cuts = []
+        cuts, weights = [], []
         for model in (pair.source_model, pair.target_model):
             module = model.get_submodule(name)
             weight = as_matrix(module, module.weight.detach())
+            weights.append(weight.double())
             cuts.append(oracle.exact_svd(weight, min(rank, *weight.shape)))
         source, target = cuts
         if method == "copy":
             found[name] = dW
         elif method == "lorax":
             found[name] = oracle.lorax(dW, target)
+        elif method == "transport":
+            left, right = (oracle.direct_rotation(source[i], target[i]) for i in (0, 2))
+            found[name] = left @ dW @ right.T
+        elif method == "anchor":
+            lora_rank = torch.linalg.matrix_rank(dW, rtol=1e-5)
+            left, _, right = oracle.exact_svd(dW, lora_rank)
+            undone = oracle.anchor(dW, left, right.T, weights[1] - weights[0], "both", 1.0)
+            found[name] = oracle.best_rank(undone, lora_rank)
+        elif method == "restore":
+            U, S, V = oracle.exact_svd(weights[1] - weights[0], 4)
+            found[name] = dW - (U * S) @ V.T
         else:
             lora_rank = torch.linalg.matrix_rank(dW, rtol=1e-5)  # dW was formed in float32
             found[name] = oracle.best_rank(oracle.prolora(dW, source, target), lora_rank)

@@ -25,6 +25,7 @@ from lorax_transfer.report import (
     Similarity,
     Totals,
 )
+from lorax_transfer.settings import METHODS
 from lorax_transfer.tables import show
 from lorax_transfer.totals import total
 
@@ -92,8 +93,8 @@ def layer(norm: float, kept: float, change: float = 0.5, **fields) -> LayerRepor
         "similarity": Similarity(0.9, 0.8, 0.25, 0.5),
         "drift": 0.01,
         "outcomes": {
-            "lorax": Outcome(kept, math.sqrt(kept), change),
-            "copy": Outcome(1.0, 1.0, 0.0),
+            "lorax": Outcome(kept, math.sqrt(kept), change, 4),
+            "copy": Outcome(1.0, 1.0, 0.0, 4),
         },
     }
     return LayerReport(
@@ -212,7 +213,7 @@ def test_table_fits_and_names_every_layer(reports, kind, width):
             assert layer.module.removeprefix("model.layers.") in text
     if kind != "plan":
         assert f"Recommendation: {report.recommendation.verdict}" in text
-        for method in ("copy", "lorax", "prolora"):
+        for method in METHODS:
             assert re.search(rf"^{method}.* [\d.]+%", text, re.MULTILINE)
     if kind == "transfer":
         assert "1 module excluded" in text

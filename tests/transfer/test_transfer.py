@@ -28,6 +28,7 @@ import lorax_transfer
 from lorax_transfer.adapters import read_adapter
 from lorax_transfer.checkpoints import open_checkpoint
 from lorax_transfer.errors import MatchError, TransferError
+from lorax_transfer.settings import METHODS
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
@@ -66,7 +67,7 @@ def check_output(pair, output: Path, method: str, rank: int) -> None:
     assert relative_error(run_model(pair.target_model.double()), wanted) > 100 * CLOSE
 
 
-@pytest.mark.parametrize("method", ["lorax", "prolora", "copy"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", MODELS)
 def test_output_is_what_the_equations_say(tmp_path, name, method):
     make, lora = MODELS[name]
@@ -83,7 +84,7 @@ def test_report_says_what_happened_to_the_update(tmp_path):
     pair = make_pair(tmp_path, llama, target_modules=ATTENTION)
     report = lorax_transfer.scan(pair.adapter, pair.source, pair.target, rank=12)
     before = updates(pair.source_model, pair.adapter)
-    for method in ("lorax", "prolora", "copy"):
+    for method in METHODS:
         after = expected(pair, method, 12)
         for layer in report.layers:
             dW, moved = before[layer.module], after[layer.module]
