@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Style adapters on the U-Net: how they are trained, and how they are moved to another checkpoint.
+"""Checkpoints and style adapters of the text-to-image model, and how the adapters are trained.
 
 Both kinds act as they do in PEFT, `W + B A` and `W + U C V^T`, with a kernel as an `(out, inputs)`
-matrix. They are added to the weights before a step, which costs less than more layers would.
+matrix. In training they are added to the weights before a step, all layers of one shape in one
+product: that takes fewer kernels than layers of their own would.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -103,42 +105,102 @@ def merge(weights: Weights, factors: Factors, dtype: torch.dtype) -> dict[str, t
     return merged
 
 
-def core_rank(out: int, inputs: int, rank: int) -> int:
-    """Width of the core with as many numbers as an ordinary LoRA of this rank."""
-    return min(out, inputs, round(math.sqrt(rank * (out + inputs))))
+def core_rank(layers: Mapping[str, tuple[int, ...]], rank: int) -> int:
+    """Width of full cores, capped at a layer's shorter side, that train as much as a LoRA does."""
+    sides = [(shape[0], math.prod(shape[1:])) for shape in layers.values()]
+    trained = sum(rank * (out + inputs) for out, inputs in sides)
+    width = 1
+    while width < max(map(min, sides)):
+        if sum(min(width + 1, *side) ** 2 for side in sides) > trained:
+            break
+        width += 1
+    return width
 
 
-def lora_parameters(
-    layers: Mapping[str, tuple[int, ...]], rank: int, seed: int, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """`A` drawn as PEFT draws it, `B` zero."""
-    generator = torch.Generator().manual_seed(seed)
-    parameters = {}
-    for name, shape in layers.items():
-        out, inputs = shape[0], math.prod(shape[1:])
-        A = torch.empty(rank, inputs)
-        torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
-        parameters[f"{name}.lora_A"] = A.to(device)
-        parameters[f"{name}.lora_B"] = torch.zeros(out, rank, device=device)
-    return parameters
+class Trainable:
+    """An adapter in training: its parameters, and the weights that they make of the base's.
 
+    Args:
+        kind: "lora", `A` drawn as PEFT draws it and `B` zero; or "lorax", full cores of zeros.
+        base: what it is trained on.
+        rank: of the ordinary LoRA; LoRA-X gets the cores that train as much.
+        seed: of `A`.
+        dtype: of the computation.
+    """
 
-def lora_factors(parameters: Weights, layers: Mapping[str, tuple[int, ...]]) -> Factors:
-    """`B`, `A` of every layer."""
-    return {n: (parameters[f"{n}.lora_B"], parameters[f"{n}.lora_A"]) for n in layers}
+    def __init__(
+        self, kind: str, base: Checkpoint, rank: int, seed: int, dtype: torch.dtype
+    ) -> None:
+        self.kind, self.dtype = kind, dtype
+        self.shapes = base.layers
+        # Layers of one shape are one stack.
+        self.groups = [
+            [name for name in base.layers if base.layers[name] == shape]
+            for shape in dict.fromkeys(base.layers.values())
+        ]
+        adapted = {f"{name}.weight" for name in base.layers}
+        # What is frozen is cast once.
+        self.frozen = {k: v.to(dtype) for k, v in base.weights.items() if k not in adapted}
+        self.stacks = [torch.stack([base.matrices[n] for n in names]) for names in self.groups]
+        first = base.weights[f"{self.groups[0][0]}.weight"]
+        kernels = [base.weights[name] for name in adapted if base.weights[name].dim() == 4]
+        wide = [w for w in kernels if w.shape[-1] > 1]
+        is_last = bool(wide) and wide[0].is_contiguous(memory_format=torch.channels_last)
+        self.format = torch.channels_last if is_last else torch.contiguous_format
+        generator = torch.Generator().manual_seed(seed)
+        self.parameters: dict[str, torch.Tensor] = {}
+        self.bases: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if kind == "lorax":
+            svds = dict(zip(base.layers, lorax_bases(base, rank), strict=True))
+        for i, (names, W) in enumerate(zip(self.groups, self.stacks, strict=True)):
+            count, out, inputs = W.shape
+            if kind == "lora":
+                A = torch.empty(count, rank, inputs)
+                A.uniform_(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs), generator=generator)
+                self.parameters[f"{i}.A"] = A.to(first.device)
+                self.parameters[f"{i}.B"] = W.new_zeros(count, out, rank)
+            else:
+                U = torch.stack([svds[name].U for name in names])
+                V = torch.stack([svds[name].V for name in names])
+                self.bases.append((U, V.mT.contiguous()))
+                self.parameters[f"{i}.C"] = W.new_zeros(count, U.shape[2], U.shape[2])
 
+    def factors(self, parameters: Weights) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """`B` and `A` of every stack."""
+        if self.kind == "lora":
+            return [(parameters[f"{i}.B"], parameters[f"{i}.A"]) for i in range(len(self.groups))]
+        return [(U @ parameters[f"{i}.C"], Vh) for i, (U, Vh) in enumerate(self.bases)]
 
-def lorax_parameters(base: Checkpoint, rank: int) -> dict[str, torch.Tensor]:
-    """A zero core for every layer."""
-    return {
-        name: torch.zeros(svd.rank, svd.rank, device=svd.U.device)
-        for name, svd in zip(base.layers, lorax_bases(base, rank), strict=True)
-    }
+    def weights(self, parameters: Weights) -> dict[str, torch.Tensor]:
+        """All weights of the adapted model."""
+        weights = dict(self.frozen)
+        pairs = self.factors(parameters)
+        for names, W, (B, A) in zip(self.groups, self.stacks, pairs, strict=True):
+            moved = torch.baddbmm(W, B, A).to(self.dtype)
+            for name, matrix in zip(names, moved.unbind(), strict=True):
+                value = matrix.view(self.shapes[name])
+                if value.dim() == 4:
+                    value = value.contiguous(memory_format=self.format)
+                weights[f"{name}.weight"] = value
+        return weights
+
+    def adapter(self, parameters: Weights) -> Adapter:
+        """The adapter that these parameters are."""
+        factors, cores = {}, {}
+        pairs = self.factors(parameters)
+        for i, (names, (B, A)) in enumerate(zip(self.groups, pairs, strict=True)):
+            for j, name in enumerate(names):
+                factors[name] = (B[j], A[j])
+                if self.kind == "lorax":
+                    cores[name] = parameters[f"{i}.C"][j]
+        factors = {name: factors[name] for name in self.shapes}
+        return Adapter(self.kind, factors, cores or None)
 
 
 def lorax_bases(base: Checkpoint, rank: int) -> list[lk.SVD]:
     """The bases of a LoRA-X adapter of the trained size of an ordinary one of this rank."""
-    return base.cut(lambda out, inputs: core_rank(out, inputs, rank))
+    width = core_rank(base.layers, rank)
+    return base.cut(lambda out, inputs: min(width, out, inputs))
 
 
 def lorax_factors(cores: Weights, bases: Mapping[str, lk.SVD]) -> Factors:
@@ -146,132 +208,18 @@ def lorax_factors(cores: Weights, bases: Mapping[str, lk.SVD]) -> Factors:
     return {name: (svd.U @ cores[name], svd.V.mT) for name, svd in bases.items()}
 
 
-def realiser(
-    base: Weights,
-    layers: Mapping[str, tuple[int, ...]],
-    factors: Callable[[Weights], Factors],
-    dtype: torch.dtype,
-) -> Callable[[Weights], dict[str, torch.Tensor]]:
-    """Weights of the computation from an adapter's parameters; what is frozen is cast once."""
-    adapted = {f"{name}.weight" for name in layers}
-    frozen = {name: value.to(dtype) for name, value in base.items() if name not in adapted}
-    moved = {name: base[name] for name in adapted}
-    return lambda parameters: frozen | merge(moved, factors(parameters), dtype)
-
-
-@dataclass(frozen=True)
-class Move:
-    """What a transfer method is given: two checkpoints and the source's adapter."""
-
-    source: Checkpoint
-    target: Checkpoint
-    adapter: Adapter
-
-    def lists(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """`B` and `A` of every layer, in one order."""
-        pairs = self.adapter.factors.values()
-        return [B for B, _ in pairs], [A for _, A in pairs]
-
-
-def _published(method: str, share: float) -> Callable[[Move], Factors]:
-    """A method of `transfer_lora` on the leading `share` of the directions of every layer."""
-
-    def cut(out: int, inputs: int) -> int:
-        return max(1, round(share * min(out, inputs)))
-
-    def run(move: Move) -> Factors:
-        B, A = move.lists()
-        target, source = move.target.cut(cut), move.source.cut(cut)
-        B, A = lk.transfer_lora(B, A, target, source, method)
-        return dict(zip(move.adapter.factors, zip(B, A, strict=True), strict=True))
-
-    return run
-
-
-def _core(move: Move) -> Factors:
-    """LoRA-X's own transfer, `C_t = (U_t^T U_s) C (V_s^T V_t)` on the target's bases."""
-    factors = {}
-    target, source = move.target.full_bases(), move.source.full_bases()
-    for name, C in move.adapter.cores.items():
-        base = target[name].truncate(len(C))
-        moved = lk.transfer_core(C, source[name].truncate(len(C)), base)
-        factors[name] = (base.U @ moved, base.V.mT)
-    return factors
-
-
-def _anchored(sides: str, strength: float) -> Callable[[Move], Factors]:
-    """Copy, with the drift that the adapter meets undone on its inputs, outputs or both."""
-
-    def run(move: Move) -> Factors:
-        B, A = move.lists()
-        names = list(move.adapter.factors)
-        source, target = move.source.matrices, move.target.matrices
-        pair = [source[n] for n in names], [target[n] for n in names]
-        B, A = lk.anchor_lora(B, A, *pair, sides=sides, strength=strength)
-        return dict(zip(names, zip(B, A, strict=True), strict=True))
-
-    return run
-
-
-def _restored(directions: int) -> Callable[[Move], Factors]:
-    """Copy, with the largest directions of the target's own training taken back."""
-
-    def run(move: Move) -> Factors:
-        B, A = move.lists()
-        names = list(move.adapter.factors)
-        source, target = move.source.matrices, move.target.matrices
-        pair = [source[n] for n in names], [target[n] for n in names]
-        B, A = lk.restore_lora(B, A, *pair, directions=directions)
-        return dict(zip(names, zip(B, A, strict=True), strict=True))
-
-    return run
-
-
-def methods(kind: str) -> dict[str, Callable[[Move], Factors]]:
-    """Transfer methods by name, for one kind of adapter; a number is the share of directions."""
-    shared: dict[str, Callable[[Move], Factors]] = {
-        "copy": lambda move: move.adapter.factors,
-        "anchor input": _anchored("input", 1.0),
-        "anchor output": _anchored("output", 1.0),
-    }
-    if kind == "lorax":
-        return shared | {
-            "lorax": _core,
-            "prolora 1/2": _published("prolora", 1 / 2),
-            "transport 1/2": _published("transport", 1 / 2),
-        }
-    return shared | {
-        "lorax 1/4": _published("lorax", 1 / 4),
-        "lorax 1/2": _published("lorax", 1 / 2),
-        "prolora 1/4": _published("prolora", 1 / 4),
-        "prolora 1/2": _published("prolora", 1 / 2),
-        "transport 1/4": _published("transport", 1 / 4),
-        "transport 1/2": _published("transport", 1 / 2),
-        "anchor input, half": _anchored("input", 0.5),
-        "anchor both": _anchored("both", 1.0),
-        "anchor both, half": _anchored("both", 0.5),
-        "restore 16": _restored(16),
-    }
-
-
-def transfer(move: Move, method: Callable[[Move], Factors]) -> tuple[Factors, float]:
-    """The adapter's factors on the target and the milliseconds it took, bases at hand."""
-    any_weight = next(iter(move.target.weights.values()))
-    wait(any_weight)
-    start = time.perf_counter()
-    factors = method(move)
-    wait(any_weight)
-    return factors, 1000 * (time.perf_counter() - start)
-
-
 def save_peft(
     folder: Path, factors: Factors, layers: Mapping[str, tuple[int, ...]], base: str
 ) -> None:
-    """Write factors of one rank as an ordinary LoRA that PEFT loads."""
+    """Write an adapter as an ordinary LoRA that PEFT loads."""
     from peft import LoraConfig
 
-    rank = next(iter(factors.values()))[0].shape[1]
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(factors))
+    ranks = {name: B.shape[1] for name, (B, _) in factors.items()}
+    most = max(ranks.values())
+    other = {name: rank for name, rank in ranks.items() if rank != most}
+    config = LoraConfig(r=most, lora_alpha=most, target_modules=list(factors))
+    # By whole path, as PEFT's patterns are regular expressions that match the end of one.
+    config.rank_pattern = config.alpha_pattern = {f"^{re.escape(n)}$": r for n, r in other.items()}
     config.base_model_name_or_path = base
     config.inference_mode = True
     folder.mkdir(parents=True, exist_ok=True)
@@ -279,7 +227,7 @@ def save_peft(
     tensors = {}
     for name, (B, A) in factors.items():
         kernel = layers[name][2:]
-        shape_A = (rank, layers[name][1], *kernel)
+        shape_A = (ranks[name], layers[name][1], *kernel)
         shape_B = (*B.shape, *(1 for _ in kernel))
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.reshape(shape_A).contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B.reshape(shape_B).contiguous()

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -27,98 +27,17 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+import lorax_transfer
 from benchmarks.quality import image_adapters as adapters
-from benchmarks.quality import image_data, image_model
-from benchmarks.quality.image_adapters import Adapter, Checkpoint, Factors, Move
+from benchmarks.quality import image_data, image_methods, image_model
+from benchmarks.quality.image_adapters import Adapter, Checkpoint, Factors, Trainable
 from benchmarks.quality.image_score import Scorer
+from benchmarks.quality.image_sizes import SIZES, Size
 from benchmarks.quality.image_training import Data, Run, Schedule, train
 from benchmarks.record import save
 
 BASE_STYLE, TARGET_STYLE, ADAPTER_STYLE = "noto", "twemoji", "openmoji"
 PICTURES = 16  # kept of each method, for the contact sheet
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large the model is and how long everything trains."""
-
-    side: int
-    channels: tuple[int, ...]
-    layers: int
-    rank: int
-    base: Schedule
-    targets: dict[str, Schedule]
-    lora: Schedule
-    lorax: Schedule
-    seeds: int
-    judge_steps: int
-    judge_width: int
-    draws: int
-    captions: int
-    sample_steps: int
-    batch: int
-
-
-SIZES = {
-    "full": Size(
-        side=32,
-        channels=(64, 128, 128),
-        layers=1,
-        rank=8,
-        base=Schedule(steps=8000, batch=128, lr=1e-3, warmup=200),
-        targets={
-            "near": Schedule(steps=100, batch=128, lr=1e-4),
-            "mid": Schedule(steps=500, batch=128, lr=2e-4),
-            "far": Schedule(steps=2500, batch=128, lr=5e-4),
-        },
-        lora=Schedule(steps=1000, batch=64, lr=2e-3),
-        lorax=Schedule(steps=1000, batch=64, lr=5e-3),
-        seeds=3,
-        judge_steps=800,
-        judge_width=64,
-        draws=8,
-        captions=128,
-        sample_steps=20,
-        batch=256,
-    ),
-    "reduced": Size(
-        side=16,
-        channels=(16, 32),
-        layers=1,
-        rank=4,
-        base=Schedule(steps=500, batch=32, lr=3e-3),
-        targets={
-            "near": Schedule(steps=30, batch=32, lr=3e-4, warmup=5),
-            "far": Schedule(steps=200, batch=32, lr=2e-3, warmup=20),
-        },
-        lora=Schedule(steps=100, batch=32, lr=1e-2, warmup=10),
-        lorax=Schedule(steps=100, batch=32, lr=1e-2, warmup=10),
-        seeds=1,
-        judge_steps=100,
-        judge_width=16,
-        draws=2,
-        captions=32,
-        sample_steps=8,
-        batch=128,
-    ),
-    "tiny": Size(
-        side=8,
-        channels=(8, 16),
-        layers=1,
-        rank=2,
-        base=Schedule(steps=12, batch=8, lr=1e-2, warmup=2),
-        targets={"near": Schedule(steps=5, batch=8, lr=3e-3, warmup=2)},
-        lora=Schedule(steps=6, batch=8, lr=2e-2, warmup=2),
-        lorax=Schedule(steps=6, batch=8, lr=2e-2, warmup=2),
-        seeds=2,
-        judge_steps=2,
-        judge_width=8,
-        draws=1,
-        captions=4,
-        sample_steps=2,
-        batch=64,
-    ),
-}
 
 
 class Measurement:
@@ -183,7 +102,11 @@ class Measurement:
         names = ["source", *self.size.targets]
         if folder is not None and all((folder / f"{n}.safetensors").exists() for n in names):
             found = {
-                n: load_file(folder / f"{n}.safetensors", device=str(self.device)) for n in names
+                n: {
+                    key: value.to(self.device)
+                    for key, value in load_file(folder / f"{n}.safetensors").items()
+                }
+                for n in names
             }
         else:
             found = self._train_models()
@@ -211,29 +134,14 @@ class Measurement:
         self.facts["seconds"]["targets"] = train(list(runs.values()), "targets", self.say)
         return found | {name: run.result() for name, run in runs.items()}
 
-    def adapter_run(self, kind: str, base: Checkpoint, schedule: Schedule, seed: int) -> Run:
+    def adapter_run(self, learner: Trainable, schedule: Schedule, seed: int) -> Run:
         """Training of one adapter."""
-        rank, layers = self.size.rank, self.layers
-        if kind == "lora":
-            parameters = adapters.lora_parameters(layers, rank, seed, self.device)
-        else:
-            parameters = adapters.lorax_parameters(base, rank)
-        realise = adapters.realiser(base.weights, layers, self.factors_of(kind, base), self.dtype)
         data = self.data(ADAPTER_STYLE, "adapt")
-        return Run(self.unet, parameters, realise, data, schedule, 1000 + seed)
+        return Run(self.unet, learner.parameters, learner.weights, data, schedule, seed=1000 + seed)
 
-    def factors_of(self, kind: str, base: Checkpoint) -> Callable[[image_model.Weights], Factors]:
-        """How the parameters of an adapter give its factors."""
-        if kind == "lora":
-            return lambda parameters: adapters.lora_factors(parameters, self.layers)
-        bases = dict(zip(self.layers, adapters.lorax_bases(base, self.size.rank), strict=True))
-        return lambda cores: adapters.lorax_factors(cores, bases)
-
-    def finish(self, kind: str, base: Checkpoint, run: Run) -> Adapter:
-        """The adapter that a run ended with."""
-        parameters = run.result()
-        factors = self.factors_of(kind, base)(parameters)
-        return Adapter(kind, factors, parameters if kind == "lorax" else None)
+    def learner(self, kind: str, base: Checkpoint, seed: int) -> Trainable:
+        """A fresh adapter."""
+        return Trainable(kind, base, self.size.rank, seed, self.dtype)
 
 
 class Evaluation:
@@ -301,27 +209,29 @@ def one_seed(
     """Train this seed's adapters on every model, move the source's, score all."""
     source = models["source"]
     kinds = {"lora": run.size.lora, "lorax": run.size.lorax}
-    runs = {
-        (kind, name): run.adapter_run(kind, model, schedule, seed)
-        for kind, schedule in kinds.items()
+    learners = {
+        (kind, name): run.learner(kind, model, seed)
+        for kind in kinds
         for name, model in models.items()
     }
+    runs = {key: run.adapter_run(each, kinds[key[0]], seed) for key, each in learners.items()}
     seconds = train(list(runs.values()), f"adapters, seed {seed}", run.say)
     run.facts["seconds"][f"adapters, seed {seed}"] = seconds
-    trained = {key: run.finish(key[0], models[key[1]], value) for key, value in runs.items()}
-    del runs
+    trained = {key: learners[key].adapter(each.result()) for key, each in runs.items()}
+    del runs, learners
     for name, model in models.items():
         evaluate(model, {}, seed, kind="none", method="none")
         for kind in kinds:
             evaluate(model, trained[kind, name].factors, seed, kind=kind, method="trained")
             if model is source:
                 continue
-            move = Move(source, model, trained[kind, "source"])
-            for method, function in adapters.methods(kind).items():
-                factors, ms = adapters.transfer(move, function)
+            move = image_methods.Move(source, model, trained[kind, "source"])
+            for method, function in image_methods.methods(kind).items():
+                factors, ms = image_methods.transfer(move, function)
                 evaluate(model, factors, seed, kind=kind, method=method, transfer_ms=ms)
         run.store()
     show(run, seed)
+    return {kind: trained[kind, "source"] for kind in kinds}
 
 
 def show(run: Measurement, seed: int) -> None:
@@ -332,6 +242,32 @@ def show(run: Measurement, seed: int) -> None:
                 f"{key} {value:.4f}" for key, value in row.items() if isinstance(value, float)
             )
             run.say(f"{row['pair']:7s} {row['kind']:6s} {row['method']:20s} {numbers}")
+
+
+def scan_all(run: Measurement, models: dict[str, Checkpoint], found: dict[str, Adapter]) -> None:
+    """What `lorax-transfer scan` advises for each pair, from files as a user has them."""
+    source, layers = models["source"], run.layers
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for name, model in models.items():
+            plain = {key: value.contiguous() for key, value in model.weights.items()}
+            save_file(plain, folder / f"{name}.safetensors")
+        for kind, adapter in found.items():
+            adapters.save_peft(folder / kind, adapter.factors, layers, source.name)
+            for name in run.size.targets:
+                start = time.perf_counter()
+                report = lorax_transfer.scan(
+                    folder / kind,
+                    folder / "source.safetensors",
+                    folder / f"{name}.safetensors",
+                    device=str(run.device),
+                    cache=folder / "bases",
+                )
+                advice = report.recommendation
+                row = {"pair": name, "kind": kind, "verdict": advice.verdict}
+                row |= {"reason": advice.reason, "seconds": time.perf_counter() - start}
+                run.facts.setdefault("scan", []).append(row)
+                run.say(f"scan {row}")
 
 
 def time_steps(run: Measurement) -> None:
@@ -356,14 +292,15 @@ def time_steps(run: Measurement) -> None:
 def sweep(run: Measurement, source: Checkpoint, evaluate: Evaluation, rates: list[float]) -> None:
     """Held-out loss of both kinds of adapter on the source, over learning rates."""
     kinds = {"lora": run.size.lora, "lorax": run.size.lorax}
+    learners = {(kind, rate): run.learner(kind, source, 0) for kind in kinds for rate in rates}
     runs = {
-        (kind, rate): run.adapter_run(kind, source, replace(schedule, lr=rate), 0)
-        for kind, schedule in kinds.items()
-        for rate in rates
+        (kind, rate): run.adapter_run(each, replace(kinds[kind], lr=rate), 0)
+        for (kind, rate), each in learners.items()
     }
     train(list(runs.values()), "sweep", run.say)
-    for (kind, rate), value in runs.items():
-        found = evaluate.losses(source, run.finish(kind, source, value).factors)
+    for (kind, rate), each in runs.items():
+        adapter = learners[kind, rate].adapter(each.result())
+        found = evaluate.losses(source, adapter.factors)
         run.facts.setdefault("sweep", []).append({"kind": kind, "lr": rate, **found})
         run.say(f"sweep {kind} lr {rate:g} {found}")
 
@@ -378,6 +315,7 @@ def measure(
     budget: float = 1e9,
     rates: list[float] | None = None,
     timed: bool = False,
+    scanned: bool = False,
     channels_last: bool = False,
 ) -> list[dict]:
     """Everything; stops before a seed that would not end within the budget, in seconds."""
@@ -396,14 +334,18 @@ def measure(
     if rates:
         sweep(run, checkpoints["source"], evaluate, rates)
         run.store()
+    first: dict[str, Adapter] = {}
     for seed in range(size.seeds):
         start = time.perf_counter()
-        one_seed(run, checkpoints, evaluate, seed)
+        found = one_seed(run, checkpoints, evaluate, seed)
+        first = first or found
         taken = time.perf_counter() - start
         run.say(f"seed {seed} took {taken:.1f} s")
         if time.perf_counter() - run.start + 1.1 * taken > budget:
             run.say("the budget is spent")
             break
+    if scanned:
+        scan_all(run, checkpoints, first)
     run.store()
     return run.rows
 
@@ -425,6 +367,7 @@ def arguments() -> argparse.ArgumentParser:
     run.add_argument("--base-steps", type=int)
     run.add_argument("--budget", type=float, default=1e9, help="seconds")
     run.add_argument("--channels-last", action="store_true", help="layout of convolutions")
+    run.add_argument("--scan", action="store_true", help="ask the tool what it would do")
     run.add_argument("--time", action="store_true", help="time training steps first")
     run.add_argument("--sweep", type=float, nargs="*", help="learning rates to try first")
     return parser
@@ -450,6 +393,7 @@ def main(argv: list[str] | None = None) -> None:
         budget=options.budget,
         rates=options.sweep,
         timed=options.time,
+        scanned=options.scan,
         channels_last=options.channels_last,
     )
 

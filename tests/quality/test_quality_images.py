@@ -20,7 +20,14 @@ import lorax_transfer
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.quality import image_adapters as adapters
-from benchmarks.quality import image_data, image_model, image_report, image_score, image_transfer
+from benchmarks.quality import (
+    image_data,
+    image_methods,
+    image_model,
+    image_report,
+    image_score,
+    image_transfer,
+)
 from benchmarks.quality.image_training import Data, Run, Schedule, train
 
 SIZE = image_transfer.SIZES["tiny"]
@@ -47,7 +54,14 @@ def measured(data, tmp_path_factory):
     """One run of everything, stopped by its budget after the first of two seeds."""
     output = tmp_path_factory.mktemp("output")
     image_transfer.measure(
-        data, output, SIZE, device="cpu", models=output / "models", budget=0.0, rates=[1e-2]
+        data,
+        output,
+        SIZE,
+        device="cpu",
+        models=output / "models",
+        budget=0.0,
+        rates=[1e-2],
+        scanned=True,
     )
     return output
 
@@ -68,13 +82,13 @@ def pair(unet):
     return source, adapters.Checkpoint("target", weights | moved, layers)
 
 
-def random_factors(layers, rank):
+def random_factors(base, rank):
     """An adapter with something in it."""
-    parameters = adapters.lora_parameters(layers, rank, 0, torch.device("cpu"))
-    parameters = {
-        k: v if "lora_A" in k else 0.1 * torch.randn(v.shape) for k, v in parameters.items()
-    }
-    return adapters.lora_factors(parameters, layers)
+    learner = adapters.Trainable("lora", base, rank, 0, torch.float32)
+    for name, value in learner.parameters.items():
+        if name.endswith("B"):
+            value.copy_(0.1 * torch.randn(value.shape))
+    return learner.adapter(learner.parameters).factors
 
 
 def test_people_who_do_one_thing_share_a_role():
@@ -100,11 +114,13 @@ def test_everything_is_measured_once(measured):
     assert {row["seed"] for row in rows} == {0}, "a spent budget stops after the seed at hand"
     for kind in ("lora", "lorax"):
         found = [row["method"] for row in rows if row["kind"] == kind and row["pair"] == "near"]
-        assert found == ["trained", *adapters.methods(kind)]
+        assert found == ["trained", *image_methods.methods(kind)]
     for row in rows:
         numbers = [value for value in row.values() if isinstance(value, float)]
         assert all(map(math.isfinite, numbers)), row
     assert result["drift"]["near"] > 0
+    scanned = [(row["pair"], row["kind"]) for row in result["scan"]]
+    assert scanned == [("near", "lora"), ("near", "lorax")]
 
 
 def test_training_and_adapters_lower_the_loss(measured):
@@ -170,8 +186,8 @@ def test_a_core_moves_by_the_published_formula(pair):
     bases = dict(zip(source.layers, adapters.lorax_bases(source, 2), strict=True))
     cores = {name: torch.randn(svd.rank, svd.rank) for name, svd in bases.items()}
     adapter = adapters.Adapter("lorax", adapters.lorax_factors(cores, bases), cores)
-    move = adapters.Move(source, target, adapter)
-    found, _ = adapters.transfer(move, adapters.methods("lorax")["lorax"])
+    move = image_methods.Move(source, target, adapter)
+    found, _ = image_methods.transfer(move, image_methods.methods("lorax")["lorax"])
     for name, (B, A) in found.items():
         W, k = target.matrices[name].double(), len(cores[name])
         U, _, Vh = torch.linalg.svd(W, full_matrices=False)
@@ -183,11 +199,65 @@ def test_a_core_moves_by_the_published_formula(pair):
         assert error < 1e-3, name
 
 
+def test_cores_act_as_in_peft(unet, pair):
+    from lorax_transfer.peft import add_lorax_adapter, lorax_layers
+
+    source, _ = pair
+    width = adapters.core_rank(source.layers, 2)
+    bases = dict(zip(source.layers, adapters.lorax_bases(source, 2), strict=True))
+    cores = {name: 0.1 * torch.randn(svd.rank, svd.rank) for name, svd in bases.items()}
+    factors = adapters.lorax_factors(cores, bases)
+    model = image_model.build(8, (8, 16), 1, width=8)
+    model.load_state_dict(source.weights)
+    wrapped = add_lorax_adapter(model, width, target_modules=list(source.layers))
+    for name, layer in lorax_layers(wrapped).items():
+        layer.lora_core["default"].weight.data.copy_(cores[name])
+    x, t, text = torch.randn(2, 3, 8, 8), torch.rand(2), torch.randn(2, 3, 8)
+    merged = adapters.merge(source.weights, factors, torch.float32)
+    ours = image_model.velocity(unet, merged, x, t, text)
+    with torch.no_grad():
+        theirs = wrapped(x, 1000 * t, text).sample
+    # Same numbers in another order of float32 sums.
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_both_kinds_of_adapter_train_as_much(pair):
+    source, sizes = pair[0], {}
+    for kind in ("lora", "lorax"):
+        learner = adapters.Trainable(kind, source, 2, 0, torch.float32)
+        sizes[kind] = sum(value.numel() for value in learner.parameters.values())
+    wider = adapters.core_rank(source.layers, 2) + 1
+    sides = [(shape[0], math.prod(shape[1:])) for shape in source.layers.values()]
+    assert sizes["lorax"] <= sizes["lora"]
+    assert sum(min(wider, *side) ** 2 for side in sides) > sizes["lora"]
+
+
+@pytest.mark.parametrize("kind", ["lora", "lorax"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_weights_in_training_are_those_of_the_adapter(pair, kind, layout):
+    weights = {
+        name: value.contiguous(memory_format=layout) if value.dim() == 4 else value
+        for name, value in pair[0].weights.items()
+    }
+    base = adapters.Checkpoint("base", weights, pair[0].layers)
+    learner = adapters.Trainable(kind, base, 2, 0, torch.float32)
+    for value in learner.parameters.values():
+        value.copy_(torch.randn(value.shape))
+    found = learner.weights(learner.parameters)
+    factors = learner.adapter(learner.parameters).factors
+    expected = adapters.merge(weights, factors, torch.float32)
+    assert list(factors) == list(base.layers)
+    for name, value in expected.items():
+        # One product of float32 in another order.
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+        assert found[name].stride() == weights[name].stride()
+
+
 def test_adapters_act_as_in_peft_and_files_move_the_same(unet, pair, tmp_path):
     from peft import PeftModel
 
     source, target = pair
-    factors = random_factors(source.layers, 2)
+    factors = random_factors(source, 2)
     adapters.save_peft(tmp_path / "adapter", factors, source.layers, "source")
     for base in (source, target):
         path = tmp_path / f"{base.name}.safetensors"
@@ -207,7 +277,7 @@ def test_adapters_act_as_in_peft_and_files_move_the_same(unet, pair, tmp_path):
     lorax_transfer.transfer(*files, tmp_path / "moved", method="lorax", rank=4, device="cpu")
     adapter = adapters.Adapter("lora", factors)
     cut = [svd.truncate(min(4, svd.rank)) for svd in target.full_bases().values()]
-    B, A = adapters.lk.transfer_lora(*adapters.Move(source, target, adapter).lists(), cut)
+    B, A = adapters.lk.transfer_lora(*image_methods.Move(source, target, adapter).lists(), cut)
     moved = PeftModel.from_pretrained(
         image_model.build(8, (8, 16), 1, width=8), tmp_path / "moved"
     ).state_dict()
