@@ -234,8 +234,13 @@ TOOL = Tool(
     (
         Patch(
             "peft.tuners.lora.layer:LoraLayer.pissa_init",
-            "init_lora_weights='pissa' and 'pissa_niter_N': the leading triplets, to tol",
+            "init_lora_weights='pissa': the leading triplets, to tol; 'pissa_niter_N': to 10 tol",
             _pissa.pissa_init,
+        ),
+        Patch(
+            "peft.tuners.lora.layer:LoraLayer.update_layer",
+            "factors that PiSSA sets are not filled with random numbers before",
+            _pissa.update_layer,
         ),
         Patch(
             "peft.tuners.lora.model:LoraModel.inject_adapter",

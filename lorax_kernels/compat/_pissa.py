@@ -2,21 +2,27 @@
 """PEFT's PiSSA initialisation: many layers in one truncated SVD.
 
 PEFT initialises layer by layer while it builds the model. Inside `inject_adapter` the layers are
-collected instead, and decomposed in batches of equal shapes when all of them are there.
+collected instead, and decomposed in batches of equal shapes when all of them are there. The random
+numbers that factors are born with and that nobody sees are not drawn.
 """
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ..svd import truncated_svd
 from ..svd_types import SVD
 from ._switch import Options
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Who asks for "pissa_niter_N" asks for less than exact, and gets it to this many times the
+# tolerance. Sixteen iterations leave errors of 0.15 to 0.4 on trained weights.
+_FAST = 10
 
 
 @dataclass
@@ -24,29 +30,31 @@ class _Queue:
     """Layers that wait for their initialisation, and the weights that they will change."""
 
     options: Options
-    entries: list[tuple[Any, str]] = field(default_factory=list)
+    entries: list[tuple[Any, str, float]] = field(default_factory=list)
     weights: set[int] = field(default_factory=set)
 
-    def add(self, layer: Any, adapter: str) -> None:
+    def add(self, layer: Any, adapter: str, tol: float) -> None:
         """Queue a layer; one whose weight is queued already has to see it changed first."""
-        weight = layer.get_base_layer().weight.data_ptr()
-        if weight in self.weights:
+        weight = layer.get_base_layer().weight
+        if weight.data_ptr() in self.weights:
             self.flush()
-        self.entries.append((layer, adapter))
-        self.weights.add(weight)
+        self.entries.append((layer, adapter, tol))
+        self.weights.add(weight.data_ptr())
+        # PEFT moves them to the weight's device next: there they are empty, and cost nothing.
+        for factor in (layer.lora_A[adapter], layer.lora_B[adapter]):
+            factor.weight.data = torch.empty_like(factor.weight, device=weight.device)
 
     @torch.no_grad()
     def flush(self) -> None:
         """Initialise what waits."""
         entries, self.entries = self.entries, []
         self.weights.clear()
-        ranks = sorted({layer.r[adapter] for layer, adapter in entries})
-        for rank in ranks:
-            group = [(x, adapter) for x, adapter in entries if x.r[adapter] == rank]
+        groups: dict[tuple[int, float], list[tuple[Any, str]]] = {}
+        for layer, adapter, tol in entries:
+            groups.setdefault((layer.r[adapter], tol), []).append((layer, adapter))
+        for (rank, tol), group in groups.items():
             matrices = [layer.get_base_layer().weight.data for layer, _ in group]
-            found = truncated_svd(
-                matrices, rank, tol=self.options.tol, backend=self.options.backend
-            )
+            found = truncated_svd(matrices, rank, tol=tol, backend=self.options.backend)
             for (layer, adapter), svd in zip(group, found, strict=True):
                 _apply(layer, adapter, svd)
                 # PEFT did this to the factors that are replaced now.
@@ -70,6 +78,33 @@ def inject_adapter(
     return result
 
 
+class _Unfilled(TorchFunctionMode):
+    """Leaves the weights of new linear layers as they were allocated."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.init.kaiming_uniform_:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def update_layer(
+    options: Options, original: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any
+) -> None:
+    """PEFT's `update_layer` of linear layers, whose factors PiSSA will set."""
+    del options
+    config = kwargs["config"] if "config" in kwargs else args[3]
+    init = config.init_lora_weights
+    with _Unfilled() if isinstance(init, str) and init.startswith("pissa") else nullcontext():
+        original(layer, *args, **kwargs)
+
+
 @torch.no_grad()
 def pissa_init(
     options: Options, original: Callable[..., Any], layer: Any, adapter: str, init: str
@@ -89,12 +124,13 @@ def pissa_init(
     if not is_covered:
         original(layer, adapter, init)
         return
+    tol = options.tol if init == "pissa" else _FAST * options.tol
     queue = getattr(_open, "queue", None)
     # Variants such as DoRA look at the factors next, and DeepSpeed takes the gathered weight away.
     if queue is not None and adapter not in layer.lora_variant and not hasattr(weight, "ds_id"):
-        queue.add(layer, adapter)
+        queue.add(layer, adapter, tol)
         return
-    svd = truncated_svd(weight.data, layer.r[adapter], tol=options.tol, backend=options.backend)
+    svd = truncated_svd(weight.data, layer.r[adapter], tol=tol, backend=options.backend)
     _apply(layer, adapter, svd)
 
 
@@ -108,7 +144,8 @@ def _apply(layer: Any, adapter: str, svd: SVD) -> None:
     lora_A, lora_B = (V * root).T.contiguous(), U * root
     layer.lora_A[adapter].weight.data = lora_A
     layer.lora_B[adapter].weight.data = lora_B
-    principal = lora_B @ lora_A
-    if layer.fan_in_fan_out:
-        principal = principal.T
-    base.data = (base.data.float() - scaling * principal).to(base.dtype)
+    left, right = (lora_A.T, lora_B.T) if layer.fan_in_fan_out else (lora_B, lora_A)
+    if base.dtype == torch.float32:
+        base.data = torch.addmm(base.data, left, right, alpha=-scaling)
+    else:
+        base.data = base.data.float().addmm_(left, right, alpha=-scaling).to(base.dtype)

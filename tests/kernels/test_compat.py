@@ -94,6 +94,37 @@ def test_pissa_by_iteration(monkeypatch):
     close(ours.base_layer.weight, exact.base_layer.weight, TOL)
 
 
+def test_pissa_niter_is_content_with_ten_times_the_tolerance(monkeypatch):
+    asked = []
+    solve = _pissa.truncated_svd
+
+    def noted(W, rank, *, tol, **kwargs):
+        asked.append(tol)
+        return solve(W, rank, tol=tol, **kwargs)
+
+    monkeypatch.setattr(_pissa, "truncated_svd", noted)
+    for init, tol in (("pissa", 1e-3), ("pissa_niter_16", 1e-2)):
+        with compat.enable("peft"):
+            pissa(init)
+        assert set(asked) == {tol}
+        asked.clear()
+    with compat.enable("peft", tol=1e-5):
+        pissa("pissa_niter_16")
+    assert set(asked) == {1e-4}
+
+
+@pytest.mark.parametrize(("init", "draws"), [("pissa", False), (True, True), ("gaussian", True)])
+def test_random_numbers_that_nobody_sees_are_not_drawn(init, draws):
+    net = Net()
+    config = peft.LoraConfig(r=4, target_modules=LINEAR, init_lora_weights=init)
+    before = torch.get_rng_state()
+    with compat.enable("peft"):
+        model = peft.get_peft_model(net, config)
+    assert torch.equal(before, torch.get_rng_state()) != draws
+    for layer in lora_layers(model).values():
+        assert torch.linalg.norm(layer.lora_A["default"].weight) > 0
+
+
 def test_pissa_of_a_conv1d():
     exact = pissa("pissa", targets=["conv1d"], fan_in_fan_out=True)
     with compat.enable("peft"):
