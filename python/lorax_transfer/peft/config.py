@@ -71,7 +71,9 @@ class LoraXConfig(LoraConfig):
     """
 
     r: int = field(default=64, metadata={"help": "Singular directions to keep."})
-    lora_alpha: float | None = field(default=None, metadata={"help": "Use scale instead."})
+    lora_alpha: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Use scale instead."}
+    )
     target_modules: list[str] | str | None = field(default="all-linear")
     core: str = field(default="full", metadata={"help": "diagonal, full or banded."})
     energy: float | None = field(default=None, metadata={"help": "Share of each weight to keep."})
@@ -86,9 +88,13 @@ class LoraXConfig(LoraConfig):
         self._check()
         self.lora_alpha = self.scale * self.r
         # An ordinary LoRA layer that is handed this configuration refuses the unknown name.
-        self.init_lora_weights = PEFT_TYPE.lower()
+        self.init_lora_weights = PEFT_TYPE.lower()  # type: ignore[assignment]
         super().__post_init__()
-        layers = {nn.Linear: LoraXLinear, Conv1D: LoraXLinear, nn.Conv2d: LoraXConv2d}
+        layers: dict[type[nn.Module], type[nn.Module]] = {
+            nn.Linear: LoraXLinear,
+            Conv1D: LoraXLinear,
+            nn.Conv2d: LoraXConv2d,
+        }
         self._register_custom_module(layers)
         # Bases wait for `fill_bases`, which computes those of all layers at once.
         self.waits_for_bases = False

@@ -27,36 +27,40 @@ class LoraXVariant(LoraVariant):
 
     @staticmethod
     def forward(
-        module: "LoraXLayer",
+        module: LoraLayer,
         active_adapter: str,
         x: torch.Tensor,
         result: torch.Tensor,
         **kwargs: Any,
     ) -> torch.Tensor:
         """The layer's result with the adapter's update added."""
-        return result + module.update_of(active_adapter, x)
+        return result + cast(LoraXLayer, module).update_of(active_adapter, x)
 
     @staticmethod
     def merge_safe(
-        module: "LoraXLayer", active_adapter: str, orig_weight: torch.Tensor
+        module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor
     ) -> torch.Tensor:
         """A new weight with the update added."""
-        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        return orig_weight + cast(LoraXLayer, module).get_delta_weight(active_adapter).to(
+            orig_weight.dtype
+        )
 
     @staticmethod
-    def merge_unsafe(module: "LoraXLayer", active_adapter: str, orig_weight: torch.Tensor) -> None:
+    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> None:
         """Add the update to a weight in place."""
-        orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        orig_weight.data += (
+            cast(LoraXLayer, module).get_delta_weight(active_adapter).to(orig_weight.dtype)
+        )
 
     @staticmethod
-    def unmerge(
-        module: "LoraXLayer", active_adapter: str, orig_weight: torch.Tensor
-    ) -> torch.Tensor:
+    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         """A new weight with the update taken out."""
-        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        return orig_weight - cast(LoraXLayer, module).get_delta_weight(active_adapter).to(
+            orig_weight.dtype
+        )
 
 
-class LoraXLayer(LoraLayer):
+class LoraXLayer(nn.Module, LoraLayer):
     """What the layers of every kind of module share.
 
     `lora_A` holds `V^T` and `lora_B` holds `U`, both frozen; `lora_core` holds what is trained.
@@ -77,7 +81,8 @@ class LoraXLayer(LoraLayer):
         if "lora_core" not in self._modules:
             self.lora_core = nn.ModuleDict()
         if not isinstance(config, LoraXConfig):
-            super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+            alpha = cast(int, lora_alpha)
+            super().update_layer(adapter_name, r, lora_alpha=alpha, config=config, **kwargs)
             return
         base = self.get_base_layer()
         name = kwargs.get("target_name") or type(base).__name__
@@ -297,10 +302,16 @@ class LoraXLinear(LoraXLayer, Linear):
 class LoraXConv2d(LoraXLayer, Conv2d):
     """LoRA-X on `nn.Conv2d`, whose weight counts as the matrix `(out, in * kh * kw)`."""
 
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Take the place of a convolution."""
+        # Before PEFT, which warns of groups and goes on.
+        _check_base(base_layer, kwargs.get("target_name") or "a convolution")
+        super().__init__(base_layer, *args, **kwargs)
+
     def update_of(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """A convolution onto `V` as the base layer's own, then one of `1 x 1` with `U C`."""
         self._check_bases(adapter_name)
-        base = self.get_base_layer()
+        base = cast(nn.Conv2d, self.get_base_layer())
         x = self.lora_dropout[adapter_name](x)
         kernel = self.right_of(adapter_name).weight.view(-1, *base.weight.shape[1:])
         # The base layer's own stride, padding and dilation.
@@ -311,7 +322,7 @@ class LoraXConv2d(LoraXLayer, Conv2d):
 
     def check_foldable(self, module: str) -> None:
         """Raise AdapterError if the convolution is one that PEFT's LoRA does not follow."""
-        base = self.get_base_layer()
+        base = cast(nn.Conv2d, self.get_base_layer())
         if set(base.dilation) != {1} or base.padding_mode != "zeros":
             raise AdapterError(
                 f"{module} is a convolution with dilation {base.dilation} and padding mode "
@@ -321,9 +332,10 @@ class LoraXConv2d(LoraXLayer, Conv2d):
 
 
 def _check_base(base: nn.Module, name: str) -> None:
-    if not base.weight.is_floating_point():
+    weight = cast(torch.Tensor, base.weight)
+    if not weight.is_floating_point():
         raise AdapterError(
-            f"{name} is stored as {base.weight.dtype}, expected floating-point weights; load the "
+            f"{name} is stored as {weight.dtype}, expected floating-point weights; load the "
             "model without quantisation."
         )
     if isinstance(base, nn.Conv2d) and base.groups > 1:

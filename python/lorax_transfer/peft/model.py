@@ -115,18 +115,19 @@ def load_lorax_adapter(
         >>> model = load_lorax_adapter(model, "adapters/summarise")  # doctest: +SKIP
     """
     native = read_lorax(path)
+    modules = {name.removeprefix("base_model.model.") for name, _ in model.named_modules()}
+    absent = sorted(native.layers.keys() - modules)
+    if absent:
+        raise MatchError(
+            f"the model has no module {absent[0]} that the adapter in {path} is for "
+            f"({len(absent)} such); load it onto the base model that it was trained on."
+        )
     config = LoraXConfig.from_pretrained(str(path))
     config.inference_mode = not is_trainable
     # By name: the file says exactly which modules it holds.
     config.target_modules = list(native.layers)
     model = _inject(model, config, adapter_name)
     layers = lorax_layers(model, adapter_name)
-    absent = sorted(native.layers.keys() - layers.keys())
-    if absent:
-        raise MatchError(
-            f"the model has no module {absent[0]} that the adapter in {path} is for "
-            f"({len(absent)} such); load it onto the base model that it was trained on."
-        )
     weights = [_trained_on(layer, native.layers[module]) for module, layer in layers.items()]
     ranks = [native.layers[module].rank for module in layers]
     svds = bases_of(weights, ranks, cache=_directory(cache))
@@ -171,7 +172,7 @@ def save_as_lora(
     for module, layer in found.items():
         layer.check_foldable(module)
         left, V = (x.detach().cpu() for x in layer.factors_of(adapter_name))
-        shape = tuple(layer.get_base_layer().weight.shape)
+        shape = tuple(layer.base_weight.shape)
         layers.append(lora_layer(module, left, V.mT.contiguous(), shape))
     config = model.peft_config[adapter_name].to_dict()
     base = config["base_model_name_or_path"] or getattr(model.config, "name_or_path", "") or ""
@@ -221,7 +222,7 @@ def _inject(model: nn.Module, config: LoraXConfig, adapter_name: str) -> PeftMod
 
 
 def _trained_on(layer: LoraXLayer, native: NativeLayer) -> torch.Tensor:
-    weight = matching(layer.get_base_layer().weight.detach(), native.digest)
+    weight = matching(layer.base_weight, native.digest)
     if weight is None:
         raise MatchError(
             f"the base weight of {native.module} is not the one that the adapter was trained on; "

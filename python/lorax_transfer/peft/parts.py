@@ -72,6 +72,9 @@ class Core(nn.Module):
         digest: `(16,)` uint8, see `lorax_form.digest`.
     """
 
+    weights: torch.Tensor
+    probe: torch.Tensor
+    digest: torch.Tensor
     SAVED = ("weight", "probe", "digest")
 
     def __init__(self, config: LoraXConfig, rank: int, device: torch.device) -> None:
