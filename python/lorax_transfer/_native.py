@@ -46,7 +46,7 @@ def outline(native: NativeAdapter, source: Checkpoint) -> Adapter:
         m, n = as_matrix(shape, turned)
         B, A = torch.zeros(()).expand(m, rank), torch.zeros(()).expand(rank, n)
         layers.append(lora_layer(module, B, A, shape))
-    return _adapter(native, layers)
+    return _adapter(native, layers, bool(native.config.get("fan_in_fan_out")))
 
 
 def expand(
@@ -73,7 +73,7 @@ def expand(
         AdapterError: its singular vectors cannot be found again.
     """
     tensors = match(list(native.layers), source, "source").tensors
-    layers = []
+    layers, is_turned = [], False
     for batch in _batches(tensors, source):
         weights = [_trained_on(native.layers[x], source, tensors[x]) for x in batch]
         turned = [_is_turned(native, tuple(weight.shape)) for weight in weights]
@@ -82,7 +82,8 @@ def expand(
         for i, made in enumerate(bases.make(matrices, ranks)):
             layer, svd = native.layers[batch[i]], check_basis(made.svd, batch[i])
             if _is_other_way(layer, weights[i], svd):
-                svd = replace(svd, U=svd.V, V=svd.U)
+                svd, turned[i] = replace(svd, U=svd.V, V=svd.U), not turned[i]
+            is_turned |= turned[i]
             form = native.config["core"]
             found = probe(svd.U).cpu()
             core = align(layer.weight, form, layer.probe, found)
@@ -91,7 +92,7 @@ def expand(
             layers.append(lora_layer(batch[i], B, A, tuple(weights[i].shape)))
         step(len(batch))
     by_module = {layer.module: layer for layer in layers}
-    return _adapter(native, [by_module[module] for module in native.layers])
+    return _adapter(native, [by_module[module] for module in native.layers], is_turned)
 
 
 def contract(
@@ -206,10 +207,10 @@ def lora_config(config: Mapping[str, Any], layers: Sequence[LoraLayer]) -> dict[
     }
 
 
-def _adapter(native: NativeAdapter, layers: list[LoraLayer]) -> Adapter:
+def _adapter(native: NativeAdapter, layers: list[LoraLayer], is_turned: bool) -> Adapter:
     return Adapter(
         layers={layer.module: layer for layer in layers},
-        config=lora_config(native.config, layers),
+        config={**lora_config(native.config, layers), "fan_in_fan_out": is_turned},
         metadata=native.metadata,
         location=native.location,
         dropped=(),

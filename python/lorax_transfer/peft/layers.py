@@ -92,6 +92,9 @@ class LoraXLayer(nn.Module, LoraLayer):
                 f"{name} has the adapters {self.merged_adapters} merged into its weight, expected "
                 "the weight itself; call unmerge_adapter first."
             )
+        # PEFT's flag is one for all layers; here it is set where it is true, and kept in the file.
+        self.fan_in_fan_out = self._is_transposed
+        config.fan_in_fan_out |= self._is_transposed
         self.lora_variant[adapter_name] = LoraXVariant()
         self.use_dora[adapter_name] = self.use_rslora[adapter_name] = False
         self.lora_bias[adapter_name] = False

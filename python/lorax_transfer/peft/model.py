@@ -175,7 +175,7 @@ def save_as_lora(
         shape = tuple(layer.base_weight.shape)
         layers.append(lora_layer(module, left, V.mT.contiguous(), shape))
     config = model.peft_config[adapter_name].to_dict()
-    base = config["base_model_name_or_path"] or getattr(model.config, "name_or_path", "") or ""
+    base = config["base_model_name_or_path"] or _name_of(model)
     adapter = Adapter(
         layers={layer.module: layer for layer in layers},
         config=lora_config(config, layers),
@@ -219,6 +219,10 @@ def _inject(model: nn.Module, config: LoraXConfig, adapter_name: str) -> PeftMod
         return model
     finally:
         config.waits_for_bases = False
+
+
+def _name_of(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "name_or_path", None) or ""
 
 
 def _trained_on(layer: LoraXLayer, native: NativeLayer) -> torch.Tensor:
