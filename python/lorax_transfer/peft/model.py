@@ -126,7 +126,10 @@ def load_lorax_adapter(
     config.inference_mode = not is_trainable
     # By name: the file says exactly which modules it holds.
     config.target_modules = list(native.layers)
+    # PEFT goes by names and would warn of another one; the digests below know the weights.
+    recorded, config.base_model_name_or_path = config.base_model_name_or_path, None
     model = _inject(model, config, adapter_name)
+    config.base_model_name_or_path = config.base_model_name_or_path or recorded
     layers = lorax_layers(model, adapter_name)
     weights = [_trained_on(layer, native.layers[module]) for module, layer in layers.items()]
     ranks = [native.layers[module].rank for module in layers]
