@@ -33,7 +33,7 @@ SDXL = [
     for _ in range(count)
 ]
 CASES = {"L7": LLAMA_7B * 32, "tinyllama": TINYLLAMA * 22, "sdxl": SDXL}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def layers(case: str, rank: int, r: int, basis: torch.dtype, factor: torch.dtype):
@@ -170,13 +170,15 @@ def main() -> None:
     wanted = [("L7", 320, 16, "bf16", "bf16")]
     if not arguments.quick:
         wanted += [
-            ("L7", 320, 8, "bf16", "bf16"),
-            ("L7", 320, 32, "bf16", "bf16"),
-            ("L7", 320, 40, "bf16", "bf16"),
+            ("L7", 320, 4, "bf16", "bf16"),
             ("L7", 320, 64, "bf16", "bf16"),
-            ("L7", 320, 256, "bf16", "bf16"),
             ("L7", 320, 1024, "bf16", "bf16"),
+            ("L7", 320, 4, "fp32", "bf16"),
+            ("L7", 320, 16, "fp32", "bf16"),
+            ("L7", 320, 64, "fp32", "bf16"),
+            ("L7", 320, 16, "fp32", "fp16"),
             ("L7", 320, 16, "bf16", "fp32"),
+            ("L7", 320, 4, "fp32", "fp32"),
             ("L7", 320, 16, "fp32", "fp32"),
             ("L7", 320, 64, "fp32", "fp32"),
             ("L7", 128, 16, "bf16", "bf16"),

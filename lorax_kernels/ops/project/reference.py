@@ -3,6 +3,9 @@
 
 import torch
 
+# For fewer columns than this, MKL's `Q^T B` takes three to eight times as long as `B^T Q`.
+_NARROW = 12
+
 
 def project_reference(
     blocks: list[torch.Tensor], read: list[torch.Tensor], write: list[torch.Tensor]
@@ -18,5 +21,7 @@ def project_reference(
         working = torch.float64 if B.dtype == torch.float64 else torch.float32
         reads = Q.to(working)
         writes = reads if P is Q else P.to(working)
-        results.append((writes @ (reads.mT @ B.to(working))).to(B.dtype))
+        X = B.to(working)
+        C = (X.mT @ reads).mT if X.shape[1] < _NARROW else reads.mT @ X
+        results.append((writes @ C).to(B.dtype))
     return results

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times `project` on a CPU against a loop of PyTorch's products, a row a case and method.
+
+    python benchmarks/kernels/bench_projection_cpu.py --output projection_cpu.json
+
+One block of TinyLlama, both sides of its seven layers, rank 320. The two take turns, so that
+whatever else the machine does meets both; `ms` is the median of the process's CPU time, which
+waiting for a processor is no part of, and `ratio` the loop's over ours.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.record import save
+from lorax_kernels.ops import project
+
+LAYERS = [(2048, 2048)] * 2 + [(256, 2048)] * 2 + [(5632, 2048)] * 2 + [(2048, 5632)]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CASES = (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "bf16"), ("fp16", "fp16"))
+RANK, TURNS = 320, 15
+
+
+def layers(r, basis, factor):
+    blocks, bases = [], []
+    generator = torch.Generator().manual_seed(0)
+    for out, inner in LAYERS:
+        for side, is_transposed in ((out, False), (inner, True)):
+            shape = (r, side) if is_transposed else (side, r)
+            B = torch.randn(shape, generator=generator).to(factor)
+            Q = torch.randn(side, min(RANK, side), generator=generator) / side**0.5
+            blocks.append(B.T if is_transposed else B)
+            bases.append(Q.to(basis))
+    return blocks, bases
+
+
+def loop(blocks, bases):
+    """What a user writes: two products a factor, in the dtype that both share."""
+    results = []
+    for B, Q in zip(blocks, bases, strict=True):
+        dtype = torch.promote_types(B.dtype, Q.dtype)
+        Q, X = Q.to(dtype), B.to(dtype)
+        results.append((Q @ (Q.T @ X)).to(B.dtype))
+    return results
+
+
+def error(results, blocks, bases):
+    worst = 0.0
+    for X, B, Q in zip(results, blocks, bases, strict=True):
+        expected = Q.double() @ (Q.double().T @ B.double())
+        worst = max(worst, float((X.double() - expected).norm() / expected.norm()))
+    return worst
+
+
+def measure(r, basis, factor):
+    blocks, bases = layers(r, DTYPES[basis], DTYPES[factor])
+    methods = {"torch": lambda: loop(blocks, bases), "project": lambda: project(blocks, bases)}
+    errors = {name: error(run(), blocks, bases) for name, run in methods.items()}
+    times = {name: [] for name in methods}
+    for _ in range(TURNS):
+        for name, run in methods.items():
+            start = time.process_time()
+            run()
+            times[name].append(1e3 * (time.process_time() - start))
+    ms = {name: statistics.median(found) for name, found in times.items()}
+    rows = []
+    for name in methods:
+        row = {"case": "tinyllama block", "rank": RANK, "r": r, "basis": basis, "factor": factor}
+        row |= {"method": name, "ms": ms[name], "ratio": ms["torch"] / ms[name]}
+        rows.append({**row, "error": errors[name]})
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    rows = []
+    for basis, factor in CASES:
+        for r in (4, 16, 64):
+            rows += measure(r, basis, factor)
+            row = rows[-1]
+            print(
+                f"r {r:3d}  bases {basis}, factors {factor}: {row['ms']:7.1f} ms, the loop "
+                f"{row['ratio']:.2f} times as long; error {row['error']:.1e}",
+                flush=True,
+            )
+    save(arguments.output, rows)
+
+
+if __name__ == "__main__":
+    main()
