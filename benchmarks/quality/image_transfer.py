@@ -7,7 +7,7 @@ trained on the source and moved; adapters trained on a target are the ceiling.
 
     python benchmarks/quality/image_transfer.py prepare --data emoji.npz     # needs a network
     python benchmarks/quality/image_transfer.py run --data emoji.npz --output DIRECTORY
-    python benchmarks/quality/image_report.py DIRECTORY --output docs/images
+    python benchmarks/quality/image_report.py DIRECTORY --images docs/images
 
 `--size reduced` runs in five minutes on two cores.
 """

@@ -47,7 +47,7 @@ def settings(options):
     """Search for settings."""
     rates = {form: [2e-3] for form in lm_settings.RATES} if options.reduced else None
     lab = _lab(options, replace(FULL, heal_steps=600))
-    lm_settings.search(lab, rates=rates, only=1 if options.reduced else None)
+    lm_settings.Search(lab, rates, only=1 if options.reduced else None).run()
 
 
 def main():

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Search for the settings that the measurement then uses, on the validation split only."""
 
+import traceback
+from contextlib import contextmanager
 from functools import partial
 
-from .lm_lab import Lab
-from .lm_methods import Pair, by_depth, match_depth, same_shape, sweeps
+from .lm_methods import by_depth, match_depth, same_shape, sweeps
 from .lm_train import clock
 
 RATES = {
@@ -34,15 +35,59 @@ def given(adapter, pair, other):
     return adapter.factors
 
 
-def search(lab: Lab, *, rates=None, only=None):
-    """Learning rates and forms on the source, then methods and their settings on each target."""
-    rates = rates or RATES
-    best = {}
+@contextmanager
+def attempt(lab, what):
+    """Log what goes wrong in one candidate, and go on with the next."""
+    try:
+        yield
+    except Exception:
+        lab.log(f"{what} failed:\n{traceback.format_exc()}")
 
-    def sweep(kind, label, form, task):
-        tried = rates["lora" if kind == "lora" else form.core]
-        adapters = lab.train("source", form, task, seeds=[0] * len(tried), rates=tried)
-        for rate, adapter in zip(tried, adapters, strict=True):
+
+class Search:
+    """Learning rates and forms on the source, then methods on every target.
+
+    Args:
+        lab: the bench.
+        rates: learning rates by form, instead of `RATES`.
+        only: how many forms of core to try.
+    """
+
+    def __init__(self, lab, rates=None, only=None):
+        self._lab, self._rates, self._only = lab, rates or RATES, only
+        self._forms = {}
+        self._best = {}  # (kind, task) -> nll, form, rate, adapter
+
+    def run(self):
+        """Everything, most wanted first."""
+        lab = self._lab
+        for task in ("enfr", "xsum"):
+            row = lab.score("source", task, None, split="valid", part="rates", method="none")
+            lab.log(f"source alone, {task}: nll {row['nll']:.4f}, {row['score_s']} s")
+        size = self._sweep("lora", "r=16", {}, "enfr")
+        self._cores(size)
+        for (kind, task), (nll, form, rate, _) in self._best.items():
+            lab.log(f"best of {kind}, {task}: {form} at {rate:g}, nll {nll:.4f}")
+        with attempt(lab, "drift"):
+            lab.drifted()
+        lab.flush()
+        for kind in ("lora", "lorax"):
+            if (kind, "enfr") in self._best:
+                self._same_shape(kind)
+        with attempt(lab, "other shapes"):
+            self._other_shapes()
+        if not lab.late(15):
+            with attempt(lab, "xsum"):
+                self._sweep("lora", "r=16", {}, "xsum")
+        lab.close()
+
+    def _sweep(self, kind, form, options, task):
+        lab = self._lab
+        made = lab.form("source", kind, **options)
+        rates = self._rates["lora" if kind == "lora" else made.core]
+        adapters = lab.train("source", made, task, seeds=[0] * len(rates), rates=rates)
+        for rate, adapter in zip(rates, adapters, strict=True):
+            about = {"adapter": kind, "form": form, "rate": rate, "size": adapter.size}
             row = lab.score(
                 "source",
                 task,
@@ -51,116 +96,94 @@ def search(lab: Lab, *, rates=None, only=None):
                 generate=False,
                 skill=False,
                 part="rates",
-                adapter=kind,
-                form=label,
-                rate=rate,
-                size=adapter.size,
+                **about,
             )
-            lab.log(f"  {task} {label} rate {rate:g}: nll {row['nll']:.4f}")
-            key = (kind, task)
-            if key not in best or row["nll"] < best[key][0]:
-                best[key] = (row["nll"], label, rate, adapter)
+            lab.log(f"  {task} {form} rate {rate:g}: nll {row['nll']:.4f}")
+            if row["nll"] < self._best.get((kind, task), (float("inf"),))[0]:
+                self._best[kind, task] = (row["nll"], form, rate, adapter)
         lab.flush()
         lab.tidy()
         return adapters[0].size
 
-    row = lab.score("source", "enfr", None, split="valid", part="rates", method="none")
-    lab.log(f"source alone: nll {row['nll']:.4f}, {row['score_s']} s")
-    row = lab.score("source", "xsum", None, split="valid", part="rates", method="none")
-    lab.log(f"source alone, xsum: nll {row['nll']:.4f}, {row['score_s']} s")
-    size = sweep("lora", "r=16", lab.form("source", "lora"), "enfr")
-    source = lab.models["source"]
-    names = source.shape.module_names()
-    shortest = min(min(source.matrix(n).shape) for n in names)
-    options = forms(size, len(names), shortest)
-    if only:
-        options = {label: options[label] for label in list(options)[:only]}
-    for label, choice in options.items():
-        if lab.late(150):
-            lab.log("the rest of the forms is left out: late")
-            break
-        started = clock()
-        source.bases(choice["rank"])
-        lab.log(f"bases of the source at {choice['rank']} in {clock() - started:.1f} s")
-        sweep("lorax", label, lab.form("source", "lorax", **choice), "enfr")
-    for key, (nll, label, rate, _) in best.items():
-        lab.log(f"best {key}: {label} at {rate:g}, nll {nll:.4f}")
+    def _cores(self, size):
+        lab, source = self._lab, self._lab.models["source"]
+        names = source.shape.module_names()
+        self._forms = forms(size, len(names), min(min(source.matrix(n).shape) for n in names))
+        for form, options in list(self._forms.items())[: self._only]:
+            if lab.late(150):
+                lab.log(f"late: {form} is left out")
+                continue
+            with attempt(lab, form):
+                started = clock()
+                source.bases(options["rank"])
+                lab.log(f"bases of the source at {options['rank']} in {clock() - started:.1f} s")
+                self._sweep("lorax", form, options, "enfr")
 
-    lab.drifted()
-    lab.flush()
-    targets = [t for t in lab.scale.targets if t in lab.models]
-    for kind in ("lora", "lorax"):
-        _, label, rate, adapter = best[kind, "enfr"]
+    def _same_shape(self, kind):
+        lab = self._lab
+        _, form, rate, adapter = self._best[kind, "enfr"]
         row = lab.score(
-            "source",
-            "enfr",
-            adapter.factors,
-            split="valid",
-            part="methods",
-            adapter=kind,
-            method="on the source",
+            "source", "enfr", adapter.factors, split="valid", part="methods", adapter=kind
         )
-        lab.log(f"{kind} {label} on the source: nll {row['nll']:.4f}, {row['score_s']} s")
-        for target in targets:
-            if lab.late(10):
-                break
-            none = lab.score(target, "enfr", None, split="valid", part="methods", method="none")
-            lab.log(
-                f"  {target} none: {none['nll']:.4f}, spanish {none['spanish_nll']:.4f}, "
-                f"generic {none['generic_nll']:.4f}"
-            )
+        lab.log(f"{kind} {form} on the source: nll {row['nll']:.4f}, {row['score_s']} s")
+        for target in lab.scale.targets:
+            if target not in lab.models or lab.late(10):
+                continue
+            row = lab.score(target, "enfr", None, split="valid", part="methods", method="none")
+            lab.log(f"  {target} none: {_line(row)}")
             methods = same_shape(kind) | sweeps()
             if kind == "lora" or target == "mid":
-                choice = options.get(label, {}) if kind == "lorax" else {}
-                form = lab.form(target, kind, **choice)
-                ceiling = lab.train(target, form, "enfr", seeds=[0], rates=[rate])[0]
-                methods = {"trained": partial(given, ceiling)} | methods
+                options = self._forms[form] if kind == "lorax" else {}
+                with attempt(lab, "the ceiling"):
+                    made = lab.form(target, kind, **options)
+                    own = lab.train(target, made, "enfr", seeds=[0], rates=[rate])[0]
+                    methods = {"trained": partial(given, own)} | methods
             if target != "mid":
                 methods.pop("transport k=320", None)
-            for row in lab.transfer(
-                "source",
-                target,
-                "enfr",
-                adapter,
-                methods,
-                split="valid",
-                part="methods",
-                generate=False,
-            ):
-                lab.log(
-                    f"  {kind} -> {target} {row['method']}: {row['nll']:.4f}, spanish "
-                    f"{row['spanish_nll']:.4f}, generic {row['generic_nll']:.4f}, "
-                    f"{row['transfer_ms']:.0f} ms"
-                )
+            for name, move in methods.items():
+                with attempt(lab, name):
+                    self._move("source", target, adapter, name, move, "methods")
             lab.flush()
             lab.tidy()
 
-    if not lab.late(20):
+    def _move(self, source, target, adapter, name, move, part):
+        moved = self._lab.transfer(
+            source,
+            target,
+            "enfr",
+            adapter,
+            {name: move},
+            split="valid",
+            part=part,
+            generate=False,
+        )
+        for row in moved:
+            what = f"{adapter.kind} {source} -> {target} {name}"
+            self._lab.log(f"  {what}: {_line(row)}, {row['transfer_ms']:.0f} ms")
+
+    def _other_shapes(self):
+        lab = self._lab
+        if lab.late(20):
+            return
         lab.pruned()
         lab.flush()
-    _, _, rate, adapter = best["lora", "enfr"]
-    for label in ("shallow", "narrow"):
-        if label not in lab.models or lab.late(5):
-            continue
-        own = lab.train(label, lab.form(label, "lora"), "enfr", seeds=[0], rates=[rate])[0]
-        none = lab.score(label, "enfr", None, split="valid", part="shapes", method="none")
-        top = lab.score(label, "enfr", own.factors, split="valid", part="shapes", method="trained")
-        lab.log(f"{label}: none {none['nll']:.4f}, trained {top['nll']:.4f}")
-        if label == "shallow":
-            pair = Pair(lab.models["source"], lab.models[label])
-            lab.log(f"depth matched: {match_depth(pair.source, pair.target)}")
-            for source, target, moved in (("source", label, adapter), (label, "source", own)):
-                for row in lab.transfer(
-                    source,
-                    target,
-                    "enfr",
-                    moved,
-                    {"copy by depth": by_depth},
-                    split="valid",
-                    part="shapes",
-                ):
-                    lab.log(f"  {source} -> {target} {row['method']}: {row['nll']:.4f}")
-        lab.flush()
-    if not lab.late(15):
-        sweep("lora", "r=16", lab.form("source", "lora"), "xsum")
-    lab.close()
+        _, _, rate, adapter = self._best["lora", "enfr"]
+        for label in ("shallow", "narrow"):
+            if label not in lab.models or lab.late(5):
+                continue
+            own = lab.train(label, lab.form(label, "lora"), "enfr", seeds=[0], rates=[rate])[0]
+            for name, factors in (("none", None), ("trained", own.factors)):
+                row = lab.score(label, "enfr", factors, split="valid", part="shapes", method=name)
+                lab.log(f"  {label} {name}: {_line(row)}")
+            if label == "shallow":
+                source, target = lab.models["source"], lab.models[label]
+                lab.log(f"depth matched: {match_depth(source, target)}")
+                self._move("source", label, adapter, "copy by depth", by_depth, "shapes")
+                self._move(label, "source", own, "copy by depth", by_depth, "shapes")
+            lab.flush()
+
+
+def _line(row):
+    return (
+        f"nll {row['nll']:.4f}, spanish {row['spanish_nll']:.4f}, generic {row['generic_nll']:.4f}"
+    )
