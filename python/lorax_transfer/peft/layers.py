@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lorax_kernels as lk
+from lorax_transfer.adapters.adapter import FACTOR_DTYPES
 from lorax_transfer.adapters.lorax_form import align, check_basis, digest, matching, probe
 from lorax_transfer.errors import AdapterError, MatchError
 
@@ -175,9 +176,12 @@ class LoraXLayer(nn.Module, LoraLayer):
     def applied_core(self, adapter_name: str) -> torch.Tensor:
         """`scale * S^a C S^a`, `(k,)` for a diagonal core, else `(k, k)`; differentiable."""
         core, scale = self.core_of(adapter_name), self.scaling[adapter_name]
-        if core.form == "diagonal":
-            return core.weight * (core.weights.square() * scale)
-        return core.weights[:, None] * core.dense() * (core.weights * scale)
+        C = core.weight if core.form == "diagonal" else core.dense()
+        # Each of these is a kernel of its own on a GPU, which costs as much as a thin product.
+        if core.config.sigma_power != 0:
+            C = C * core.weights if C.dim() == 1 else core.weights[:, None] * C
+            C = C * core.weights
+        return C if scale == 1 else C * scale
 
     def base_matrix(self) -> torch.Tensor:
         """The base weight as a matrix `(out, in)`, kernels counted as inputs."""
@@ -336,10 +340,15 @@ class LoraXConv2d(LoraXLayer, Conv2d):
 
 def _check_base(base: nn.Module, name: str) -> None:
     weight = cast(torch.Tensor, base.weight)
-    if not weight.is_floating_point():
+    if weight.dtype not in FACTOR_DTYPES:
         raise AdapterError(
-            f"{name} is stored as {weight.dtype}, expected floating-point weights; load the "
-            "model without quantisation."
+            f"{name} is stored as {weight.dtype}, expected float16, bfloat16, float32 or float64; "
+            "load the model without quantisation."
+        )
+    if weight.dim() < 2 or weight.numel() == 0:
+        raise AdapterError(
+            f"{name} has a weight of shape {tuple(weight.shape)}, expected the whole matrix; add "
+            "the adapter before the model is sharded."
         )
     if isinstance(base, nn.Conv2d) and base.groups > 1:
         raise AdapterError(

@@ -20,7 +20,7 @@ class FrozenFactor(nn.Module):
 
     Args:
         basis: `(k, n)` or `(m, k)`.
-        compute_dtype: dtype of `weight`, the copy that the forward pass multiplies with.
+        compute_dtype: dtype that the layer computes in.
     """
 
     def __init__(self, basis: torch.Tensor, compute_dtype: torch.dtype) -> None:
@@ -32,12 +32,20 @@ class FrozenFactor(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The basis in the dtype that the layer computes in."""
-        if self.basis.dtype == self.compute_dtype:
+        """The basis in the dtype that products are computed in.
+
+        Under autocast that is the lower one. A copy is kept, where autocast would make it again in
+        every call because the basis needs no gradient.
+        """
+        device = self.basis.device.type
+        is_autocast = device != "meta" and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if is_autocast else self.compute_dtype
+        if self.basis.dtype == dtype:
             return self.basis
-        if self._copy is None or self._copy.device != self.basis.device:
-            self._copy = self.basis.detach().to(self.compute_dtype)
-        return self._copy
+        copy = self._copy
+        if copy is None or copy.dtype != dtype or copy.device != self.basis.device:
+            self._copy = copy = self.basis.detach().to(dtype)
+        return copy
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         exact = self.basis.data
