@@ -5,6 +5,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ._backends import Backend as Backend
 from ._backends import backends as backends
+from .alignment import align_lora as align_lora
+from .alignment import inner_map as inner_map
+from .alignment import match_depth as match_depth
+from .alignment import procrustes as procrustes
 from .anchor import anchor_lora as anchor_lora
 from .drift import drift_product as drift_product
 from .product import svd_product as svd_product
