@@ -12,6 +12,9 @@ _SAFE = (1e-8, 1e8)
 # Largest entry in float16: products with orthonormal blocks are then of order one, and entries down
 # to 2^-15 of the largest keep all the digits of a bfloat16.
 _HALF_EXPONENT = -2
+# Up to this power of two a scaled float16 or bfloat16 loses no digit that matters: what a float16
+# loses at its small end lies 2^-24 under its largest entry.
+_EXACT_POWER = 16
 
 
 def check(index: int, matrix: object, rank: int | None) -> None:
@@ -97,6 +100,9 @@ def stack(
     for row, i, power in zip(stacked, chunk, shifts, strict=True):
         if power == 0:
             row.copy_(matrices[i])
+        elif halves and abs(power) < _EXACT_POWER:
+            # A power of two changes no digit, so that the weights' own dtype will do.
+            row.copy_(matrices[i] * 2.0**-power)
         else:
             # In two steps: a power that brings 1e-38 to 1 is itself out of float32's range.
             half = power // 2

@@ -46,9 +46,9 @@ class Stack:
         return Stack(tuple(part[index] for part in self.parts), self.factors)
 
     def times(self, X: torch.Tensor, transpose: bool, pieces: int, backend: str) -> torch.Tensor:
-        """`W X` or `W^T X` in float32, `X` rounded to `pieces` parts on tensor cores."""
+        """`W X` or `W^T X` in float32, both to `pieces` parts on tensor cores."""
         product = None
-        for part, factor in zip(self.parts, self.factors, strict=True):
+        for part, factor in list(zip(self.parts, self.factors, strict=True))[:pieces]:
             term = ops.thin_matmul(part, X, transpose=transpose, pieces=pieces, backend=backend)
             product = term if product is None else product.add_(term, alpha=factor)
         return product  # type: ignore[return-value]
@@ -69,6 +69,11 @@ class Operator:
     def rows(self) -> int:
         """The longer side."""
         return max(self.W.shape[1:])
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether products are cheap against small eigenproblems."""
+        return self.W.device.type == "cuda"
 
     @property
     def rounding(self) -> float:

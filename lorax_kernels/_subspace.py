@@ -14,6 +14,7 @@ Chelikowsky, J. Comput. Phys. 219 (2006), for the filter; Feng, Yu, Xie, arXiv 2
 for shifts between orthonormalisations. The error estimate is first-order perturbation theory.
 """
 
+import enum
 import functools
 import math
 from dataclasses import dataclass, fields, replace
@@ -30,9 +31,10 @@ _DEGREES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 # spent on a wrong interval are lost; on a GPU products are cheap against a look's eigenproblem.
 _FIRST_DEGREE = 4
 _FIRST_DEGREE_ON_GPU = 6
-# There, while the error is above `_EARLY`, the interval is known to be short, and more is taken.
-_EARLY = 0.1
-_EARLY_MORE = 1.3
+# There, as long as the error is large, the damped interval is known to be short, by about this
+# share of the error, and more is taken: a degree too many costs two products, one too few a look.
+_SHORT = 6.0
+_SHORT_AT_MOST = 0.8
 # Between two orthonormalisations the leading directions may outgrow the rest by this factor. Ritz
 # vectors hold little of each other's directions, so that float32 has digits left for the smallest.
 _GROWTH_CAP = 1e6
@@ -42,10 +44,14 @@ _AIM = 0.5
 _ENOUGH = 0.8
 # Within this factor of what rounding of the block leaves, the block is taken in two pieces.
 _NEAR_FLOOR = 8
-# In place of a degree: leave the Gram matrix, whose rounding has become a visible part of the
-# tolerance.
-_ON_WEIGHTS = -1
+# In place of a coarse degree: leave the Gram matrix, whose rounding has become a visible part of
+# the tolerance.
+_ON_WEIGHTS = -1000
 _VISIBLE = 0.3
+# The stage that a warm start begins at: past the first cycle and the quick looks.
+_WARM = 2
+# Products that must be left for a look that judges nothing to be followed by one that does.
+_ENOUGH_LEFT = 8
 # Spread of the Ritz values from which float32 rounding shows in residuals.
 _STEEP = 1e3
 
@@ -56,6 +62,8 @@ def chebyshev_roots(degree: int) -> tuple[float, ...]:
 
     In that order every partial product stays of moderate size over the whole interval.
     """
+    if degree == 0:
+        return ()
     left = [(1 + math.cos(math.pi * (j + 0.5) / degree)) / 2 for j in range(degree)]
     order = [min(left)]
     left.remove(order[0])
@@ -89,43 +97,68 @@ class _Ritz:
     planned: torch.Tensor  # (b,) what is left to damp: the same, not capped at a right angle
     blur: torch.Tensor  # (b,) how much of the error is rounding of the Gram matrix
 
+    @staticmethod
+    def unjudged(Q: torch.Tensor, Y: torch.Tensor, Z: torch.Tensor, theta: torch.Tensor) -> "_Ritz":
+        """Ritz vectors whose error nobody has looked at."""
+        unknown = torch.full_like(theta[:, 0], math.inf, dtype=torch.float64)
+        return _Ritz(Q, Y, Z, theta, unknown, unknown, torch.zeros_like(unknown))
+
     def __getitem__(self, index: torch.Tensor) -> "_Ritz":
         """The entries of the stack that `index` names."""
         return _Ritz(*(getattr(self, f.name)[index] for f in fields(self)))
 
 
-def _rayleigh_ritz(A: Operator, Q: torch.Tensor, k: int) -> _Ritz:
+class _Look(enum.Enum):
+    """How closely a block is looked at."""
+
+    # Ritz values to place the damped interval by, of a block that is still nearly random.
+    ROUGH = enum.auto()
+    # The error left as well; a few per cent of it may be what the eigensolver left undone.
+    QUICK = enum.auto()
+    FULL = enum.auto()
+
+
+# On a GPU a look costs as much as several products, half of it in the eigensolver.
+_FIRST_LOOKS = (_Look.ROUGH, _Look.QUICK)
+
+
+def _rayleigh_ritz(A: Operator, Q: torch.Tensor, k: int, look: _Look) -> _Ritz:
     """Singular triplets of `W` within span(Q), from two products with `W`."""
-    backend = A.backend
-    Y = A.forward(Q, 2)
+    backend, pieces = A.backend, 1 if look is _Look.ROUGH else 2
+    Y = A.forward(Q, pieces)
     # On a CPU float64 costs a small eigenproblem little, and it keeps a steep spectrum's end.
     dtype = torch.float64 if Q.device.type == "cpu" else torch.float32
     H = ops.gram(Y, dtype=dtype, backend=backend)
-    theta, R = ops.symmetric_eigh(H, backend=backend)
+    theta, R = ops.symmetric_eigh(H, quick=look is not _Look.FULL, backend=backend)
     theta = theta.clamp_min(0)
     Q = ops.rotate(Q, R, backend=backend)
     Y = ops.rotate(Y, R, backend=backend)
-    Z = A.backward(Y, 2)
+    Z = A.backward(Y, pieces)
+    if look is _Look.ROUGH:
+        return _Ritz.unjudged(Q, Y, Z, theta)
     if bool((theta[:, 0] > _STEEP * theta[:, -1]).any()):
         # Rounding in Y points along the leading vectors, which the block holds: project it out.
         rho = Z - ops.rotate(Q, torch.bmm(Q.mT, Z), backend=backend)
     else:
-        rho = Z - Q * theta.float()[:, None]
+        rho = torch.addcmul(Z, Q, theta.float()[:, None], value=-1)
     C = ops.gram(rho, backend=backend)
     error, planned = residual_error(C, theta, k, A.rows)
     return _Ritz(Q, Y, Z, theta, error, planned, torch.zeros_like(error))
 
 
-def _gram_ritz(A: Operator, Q: torch.Tensor, k: int) -> _Ritz:
+def _gram_ritz(A: Operator, Q: torch.Tensor, k: int, look: _Look) -> _Ritz:
     """Ritz vectors from one product with the Gram matrix: good enough to steer by."""
     backend = A.backend
-    Z = A.apply(Q, 2)
+    Z = A.apply(Q, 1 if look is _Look.ROUGH else 2)
     H = torch.bmm(Q.mT, Z)
-    theta, R = ops.symmetric_eigh((H + H.mT) / 2, backend=backend)
+    H = (H + H.mT) / 2
+    theta, R = ops.symmetric_eigh(H, quick=look is not _Look.FULL, backend=backend)
     theta = theta.clamp_min(0)
     Q = ops.rotate(Q, R, backend=backend)
     Z = ops.rotate(Z, R, backend=backend)
-    C = ops.gram(Z - Q * theta[:, None], backend=backend)
+    if look is _Look.ROUGH:
+        return _Ritz.unjudged(Q, Q[:, :, :0], Z, theta)
+    C = ops.gram(torch.addcmul(Z, Q, theta[:, None], value=-1), backend=backend)
     error, planned = residual_error(C, theta, k, A.rows)
     blur = rounding_error(theta, k, A.rows, torch.float32)
     return _Ritz(Q, Q[:, :, :0], Z, theta, (error**2 + blur**2).sqrt(), planned, blur)
@@ -133,47 +166,64 @@ def _gram_ritz(A: Operator, Q: torch.Tensor, k: int) -> _Ritz:
 
 @dataclass(frozen=True)
 class _Cycle:
-    """The next cycle of each matrix of a stack, on the CPU."""
+    """The next cycle of each matrix of a stack, on the CPU; no degrees where the matrix is done."""
 
-    degree: torch.Tensor  # (b,), 0 where the matrix is done
-    pieces: torch.Tensor  # (b,) that the block is rounded to
+    coarse: torch.Tensor  # (b,) degree with the block rounded to one piece
+    fine: torch.Tensor  # (b,) degree after that, with the block in two pieces
+
+    def clamp(self, most: int) -> "_Cycle":
+        """The same with `most` degrees at most."""
+        fine = self.fine.clamp_max(most)
+        return _Cycle(torch.minimum(self.coarse, most - fine), fine)
 
 
 def _next_cycle(A: Operator, ritz: _Ritz, k: int, tol: float) -> _Cycle:
-    """Smallest listed degree that should bring the error under the tolerance, for each matrix.
+    """Smallest listed degrees that should bring the error under the tolerance, for each matrix.
 
     A block in one piece leaves an error of about its rounding times `theta_k / (theta_k -
-    theta_l)`. Where that is above the tolerance, a cycle in one piece goes down to it and the next,
-    short one continues in two.
+    theta_l)`. Where that is above the tolerance, one piece goes down to it and two go on.
     """
     theta = ritz.theta.double()
     last, first_beyond = theta[:, k - 1], theta[:, -1].clamp_min(1e-300)
     rate = torch.acosh((2 * last / first_beyond - 1).clamp_min(1 + 1e-9))
     floor = A.rounding * last / (last - first_beyond).clamp_min(1e-9 * last + 1e-300)
-    fine = ritz.planned < _NEAR_FLOOR * floor
-    target = torch.where(fine, _AIM * tol, (2 * floor).clamp_min(_AIM * tol))
-    needed = torch.acosh((ritz.planned / target).clamp_min(1)) / rate
-    if ritz.Q.is_cuda:
-        needed = torch.where(ritz.planned > _EARLY, _EARLY_MORE * needed, needed)
-    listed = torch.tensor(_DEGREES, dtype=needed.dtype, device=needed.device)
-    degree = listed[torch.bucketize(needed, listed).clamp_max(len(_DEGREES) - 1)]
-    done = ritz.error <= _ENOUGH * tol
-    return _Cycle(torch.where(done, 0, degree).long().cpu(), (1 + fine.long()).cpu())
+    aim = torch.full_like(floor, _AIM * tol)
+    turn = torch.where(ritz.planned < _NEAR_FLOOR * floor, ritz.planned, 2 * floor)
+    turn = torch.maximum(turn, aim)
+    coarse = torch.acosh((ritz.planned / turn).clamp_min(1)) / rate
+    fine = torch.acosh(turn / aim) / rate
+    if A.on_gpu:
+        more = 1 + (_SHORT * ritz.planned).clamp_max(_SHORT_AT_MOST)
+        coarse, fine = coarse * more, fine * more
+    degrees = torch.stack([_listed(coarse), _listed(fine)])
+    degrees = torch.where(ritz.error <= _ENOUGH * tol, 0, degrees).cpu()
+    if A.on_gpu:
+        # One batch: products cost little there, and small eigenproblems the same for a few
+        # matrices as for many.
+        degrees = torch.where(degrees.any(0), degrees.amax(1, keepdim=True), 0)
+    return _Cycle(*degrees)
 
 
-def _filter(A: Operator, ritz: _Ritz, degree: int, pieces: int) -> torch.Tensor:
-    """Applies the polynomial of this degree to the block and orthonormalises it."""
+def _listed(needed: torch.Tensor) -> torch.Tensor:
+    listed = torch.tensor((0, *_DEGREES), dtype=needed.dtype, device=needed.device)
+    return listed[torch.bucketize(needed, listed).clamp_max(len(_DEGREES))].long()
+
+
+def _filter(A: Operator, ritz: _Ritz, coarse: int, fine: int) -> torch.Tensor:
+    """Applies the polynomials of these degrees to the block and orthonormalises it."""
     # Where the block holds all there is, its last Ritz value is rounding and may be zero.
     b = torch.maximum(ritz.theta[:, -1], 1e-8 * ritz.theta[:, 0]).float().clamp_min(1e-30)
     # How much a leading direction gains on the rest in one factor, at most, over the stack.
     gain = max(2.0, float((2 * ritz.theta[:, 0].float() / b).max()))
+    factors = [(root, 1) for root in chebyshev_roots(coarse)]
+    factors += [(root, 2) for root in chebyshev_roots(fine)]
     X, Z, growth = ritz.Q, ritz.Z, 1.0
-    for j, root in enumerate(chebyshev_roots(degree)):
+    for j, (root, pieces) in enumerate(factors):
         if j:
             Z = A.apply(X, pieces)
         X = ops.shift(Z, X, root * b, 2 / b, backend=A.backend)
         growth *= gain
-        if j + 1 < degree and growth * gain > _GROWTH_CAP:
+        if j + 1 < len(factors) and growth * gain > _GROWTH_CAP:
             X, growth = ops.orthonormalize(X, quick=True, backend=A.backend), 1.0
     return ops.orthonormalize(X, backend=A.backend)
 
@@ -192,46 +242,57 @@ def _finish(A: Operator, ritz: _Ritz, k: int) -> Triplets:
     return Triplets(U, S, V, ritz.error, torch.full((len(S),), passes))
 
 
-def _solve(
-    A: Operator, Q: torch.Tensor, k: int, tol: float, left: int, degree: int | None
-) -> Triplets:
+def _look(A: Operator, Q: torch.Tensor, k: int, tol: float, look: _Look) -> _Ritz:
+    """Ritz vectors of a block; those of a matrix that is done are never the quick ones."""
+    ritz_of = _rayleigh_ritz if A.G is None else _gram_ritz
+    ritz = ritz_of(A, Q, k, look)
+    if look is _Look.QUICK and bool((ritz.error <= _ENOUGH * tol).any()):
+        ritz = ritz_of(A, ritz.Q, k, _Look.FULL)
+    return ritz
+
+
+def _solve(A: Operator, Q: torch.Tensor, k: int, tol: float, left: int, stage: int) -> Triplets:
     """Looks at the block, filters it as far as each matrix needs, and goes on with what is left.
 
-    `left` is how many products may still be made; `degree` is the next cycle's, where it is not
-    to be judged from the Ritz values.
+    `left` is how many products may still be made; `stage` counts the cycles made, of which the
+    first has a fixed degree and is not judged by the Ritz values.
     """
     count = Q.shape[0]
     steer = A.G is not None
-    ritz = _gram_ritz(A, Q, k) if steer else _rayleigh_ritz(A, Q, k)
+    look = _Look.FULL
+    if A.on_gpu and stage < len(_FIRST_LOOKS) and left >= _ENOUGH_LEFT:
+        look = _FIRST_LOOKS[stage]
+    ritz = _look(A, Q, k, tol, look)
     del Q
     left -= 2
     cycle = _next_cycle(A, ritz, k, tol)
-    degrees = cycle.degree
-    if degree is not None:
-        degrees = torch.where(degrees > 0, degree, 0)
-    degrees = degrees.clamp_max(max(0, (left - steer) // 2))
-    degrees[(ritz.blur > _VISIBLE * tol).cpu()] = _ON_WEIGHTS
+    if stage == 0:
+        first = _FIRST_DEGREE_ON_GPU if A.on_gpu else _FIRST_DEGREE
+        going = cycle.coarse + cycle.fine > 0
+        cycle = _Cycle(torch.where(going, first, 0), torch.zeros_like(cycle.fine))
+    cycle = cycle.clamp(max(0, (left - steer) // 2))
+    cycle.coarse[(ritz.blur > _VISIBLE * tol).cpu()] = _ON_WEIGHTS
     parts = []
     # Matrices with the same cycle run as one batch.
-    for d, pieces in torch.stack([degrees, cycle.pieces], dim=1).unique(dim=0).tolist():
-        index = torch.nonzero((degrees == d) & (cycle.pieces == pieces)).flatten()
+    for coarse, fine in torch.stack([cycle.coarse, cycle.fine], dim=1).unique(dim=0).tolist():
+        index = torch.nonzero((cycle.coarse == coarse) & (cycle.fine == fine)).flatten()
         whole, where = len(index) == count, index.to(ritz.Q.device)
         part = (A, ritz) if whole else (A[where], ritz[where])
-        parts.append((d, pieces, index, *part))
+        parts.append((coarse, fine, index, *part))
     del ritz, part
     results = []
     while parts:
-        d, pieces, index, some, mine = parts.pop()
-        if d == 0:
-            found, spent = _finish(some, mine, k), 2
+        coarse, fine, index, some, mine = parts.pop()
+        spent = 2 * max(coarse + fine, 1)
+        if coarse + fine == 0:
+            found = _finish(some, mine, k)
         else:
-            if d == _ON_WEIGHTS:
-                block, some = mine.Q, some.on_weights()
+            if coarse == _ON_WEIGHTS:
+                block, some, spent = mine.Q, some.on_weights(), 2
             else:
-                block = _filter(some, mine, d, pieces)
+                block = _filter(some, mine, coarse, fine)
             del mine
-            spent = 2 * max(d, 1)
-            found = _solve(some, block, k, tol, left + 2 - spent, None)
+            found = _solve(some, block, k, tol, left + 2 - spent, stage + 1)
         results.append((index, replace(found, passes=found.passes + spent)))
     return _merge(results, count)
 
@@ -294,7 +355,6 @@ def iterate(
     if not warm:
         Q, spent = A.apply(Q), 2
     Q = ops.orthonormalize(Q, backend=backend)
-    first = _FIRST_DEGREE_ON_GPU if W.is_cuda else _FIRST_DEGREE
-    found = _solve(A, Q, k, tol, max_passes - spent, None if warm else first)
+    found = _solve(A, Q, k, tol, max_passes - spent, _WARM if warm else 0)
     found = replace(found, passes=found.passes + spent)
     return replace(found, U=found.V, V=found.U) if flipped else found

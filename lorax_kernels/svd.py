@@ -2,13 +2,13 @@
 """The truncated SVD: right to a stated tolerance, for any number of matrices of any shapes."""
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import overload
 
 import torch
 
-from . import _backends, _batching, _exact, _subspace
+from . import _backends, _batching, _exact, _streams, _subspace
 from ._planning import Plan, plan
 from .svd_types import SVD
 
@@ -111,19 +111,29 @@ def truncated_svd(
     starts = _starts(matrices, init)
     seed = _seed(generator)
     halves = _backends.requested(backend) != "reference"
-    found: dict[int, SVD] = {}
+    jobs: list[_Job] = []
     for group in _batching.groups(matrices, [start is not None for start in starts]):
         first = matrices[group[0]]
         k = min(first.shape) if rank is None else rank
         m, n = first.shape
         p = plan(m, n, k, oversample, first.device, first.dtype, max_passes)
         on_tensor_cores = first.is_cuda and halves
-        for chunk in _batching.chunks(group, first, p, workspace, on_tensor_cores):
-            exact = p.path == "exact"
-            stack, scale = _batching.stack(matrices, chunk, exact, on_tensor_cores)
-            start = [starts[i] for i in chunk]
-            parts = _decompose(stack, k, p, tol, max_passes, start, seed, backend)
-            found.update(zip(chunk, _results(parts, scale), strict=True))
+        room = workspace // (_streams.LANES if first.is_cuda else 1)
+        for chunk in _batching.chunks(group, first, p, room, on_tensor_cores):
+            jobs.append(_Job(chunk, k, p, on_tensor_cores))
+
+    def run(job: _Job) -> list[SVD]:
+        exact = job.plan.path == "exact"
+        stack, scale = _batching.stack(matrices, job.chunk, exact, job.on_tensor_cores)
+        start = [starts[i] for i in job.chunk]
+        parts = _decompose(stack, job.k, job.plan, tol, max_passes, start, seed, backend)
+        return _results(parts, scale)
+
+    found: dict[int, SVD] = {}
+    for device in dict.fromkeys(matrices[job.chunk[0]].device for job in jobs):
+        mine = [job for job in jobs if matrices[job.chunk[0]].device == device]
+        for job, svds in zip(mine, _streams.side_by_side(run, mine, device, _factors), strict=True):
+            found.update(zip(job.chunk, svds, strict=True))
     results = [found[i] for i in range(len(matrices))]
     _warn(results, tol)
     if energy is not None:
@@ -133,6 +143,21 @@ def truncated_svd(
     if stacked is not None:
         return _stack_results(results, stacked, rank)
     return results[0] if isinstance(W, torch.Tensor) else results
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Matrices to decompose together, and how."""
+
+    chunk: list[int]
+    k: int
+    plan: Plan
+    on_tensor_cores: bool
+
+
+def _factors(svds: list[SVD]) -> Iterator[torch.Tensor]:
+    for svd in svds:
+        yield from (svd.U, svd.S, svd.V)
 
 
 def _check_options(
@@ -241,21 +266,28 @@ def _decompose(
 
 
 def _split(triplets: _subspace.Triplets) -> list[_subspace.Triplets]:
-    names = [f.name for f in fields(triplets)]
+    """One by one and with canonical signs: the largest entry of each column of `U` is positive."""
+    U = triplets.U
+    largest = U.abs().argmax(dim=1, keepdim=True)
+    sign = torch.where(U.gather(1, largest) < 0, -1.0, 1.0)
+    signed = replace(
+        triplets,
+        U=U * sign,
+        V=triplets.V * sign,
+        error=triplets.error.cpu(),
+    )
+    names = [f.name for f in fields(signed)]
     return [
-        _subspace.Triplets(**{name: getattr(triplets, name)[i] for name in names})
-        for i in range(len(triplets.S))
+        _subspace.Triplets(**{name: getattr(signed, name)[i] for name in names})
+        for i in range(len(signed.S))
     ]
 
 
 def _results(parts: list[tuple[_subspace.Triplets, str]], scale: torch.Tensor) -> list[SVD]:
-    """Results with canonical signs and the scale of the weights restored."""
+    """Results with the scale of the weights restored."""
     results = []
-    for (t, path), factor in zip(parts, scale, strict=True):
-        largest = t.U.abs().argmax(dim=0, keepdim=True)
-        sign = torch.where(t.U.gather(0, largest) < 0, -1.0, 1.0)
-        S = (t.S * factor).float()
-        results.append(SVD(t.U * sign, S, t.V * sign, float(t.error), int(t.passes), path))
+    for (t, path), factor in zip(parts, scale.tolist(), strict=True):
+        results.append(SVD(t.U, (t.S * factor).float(), t.V, float(t.error), int(t.passes), path))
     return results
 
 
