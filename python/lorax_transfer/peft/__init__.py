@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA-X adapters in PEFT: `dW = scale * U C V^T`, only `C` trained.
+"""LoRA-X adapters in PEFT: `dW = scale * U C V^T`, with only the core `C` trained.
 
-    >>> from lorax_transfer.peft import add_lorax_adapter
+    >>> from lorax_transfer.peft import add_lorax_adapter, load_lorax_adapter, save_as_lora
     >>> model = add_lorax_adapter(model, rank=64, core="full")  # doctest: +SKIP
+    >>> model.save_pretrained("my-adapter")  # doctest: +SKIP
+    >>> model = load_lorax_adapter(base, "my-adapter")  # doctest: +SKIP
+    >>> save_as_lora(model, "my-lora")  # an ordinary LoRA of the same update  # doctest: +SKIP
 
-`add_lorax_adapter` computes all bases in one call and returns an ordinary `PeftModel`: train it as
-any other. Each adapted layer is a `LoraXLayer`: `layer.lora_core[name].weight` is what is trained,
-`layer.get_delta_weight(name)` is the update as a matrix.
+Models are ordinary `PeftModel`s: train, save and switch them as any other. An adapted layer is a
+`LoraXLayer`: `core_of(name).weight` is what is trained, `get_delta_weight(name)` the update.
+`LoraXConfig` is the adapter's configuration for PEFT's own functions. docs/lorax_adapter.md is the
+guide.
 """
 
 from .config import LoraXConfig as LoraXConfig
