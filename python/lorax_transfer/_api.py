@@ -61,7 +61,8 @@ def transfer(
         method: "lorax" projects the update on the target's leading subspaces, "prolora" keeps the
             part outside of them as well, "transport" rotates along the subspaces, "anchor" undoes
             the drift of the weights where the update reads and writes, "restore" undoes its largest
-            directions, "copy" carries the factors as they are (docs/methods.md).
+            directions, "aligned" finds layers that correspond between models of another depth or
+            width and maps between them, "copy" carries the factors as they are (docs/methods.md).
         rank: singular directions to keep in every layer; by default 320, capped in each layer at
             the shorter side of its weight, and for a LoRA-X adapter its own rank.
         energy: keep the fewest directions that hold this share of each target weight's energy, in
@@ -79,7 +80,8 @@ def transfer(
         backend: "auto", "cuda", "triton" or "reference".
         form: what a LoRA-X adapter becomes: "lorax" (cores again), "lora" (factors that stock PEFT
             loads), or "auto": cores where the method leaves the update in the target's bases.
-        dry_run: plan only: no weight is read and nothing is written.
+        dry_run: plan only: no weight is read (but by "aligned", to find the layers that
+            correspond) and nothing is written.
         strict: raise, and write no adapter, if a layer falls below `min_similarity`, changes shape,
             or has a basis above its tolerance.
         overwrite: replace an existing adapter in `output`.
@@ -128,8 +130,11 @@ def transfer(
         measured = run.finish(results)
         run.check_strict(measured)
         # In the adapter's order: batches are by shape.
-        ordered = [results[module] for module in run.adapter.layers if module in results]
-        moved = [result.layer for result in ordered if result.layer is not None]
+        moved = {
+            module: layer
+            for module in run.adapter.layers
+            if module in results and (layer := results[module].layer) is not None
+        }
         if not moved:
             run.save(measured)
             raise TransferError(
@@ -236,14 +241,14 @@ def scan(
         return run.save(run.finish(run.measure(), kind="scan"))
 
 
-def _cast(layers: list[LoraLayer], adapter: Adapter, dtype: str) -> list[LoraLayer]:
+def _cast(layers: dict[str, LoraLayer], adapter: Adapter, dtype: str) -> list[LoraLayer]:
     """Under "auto" each factor gets its own dtype back; otherwise the writer rounds, once."""
     if dtype != "auto":
-        return layers
+        return list(layers.values())
     return [
-        x.with_factors(
-            x.matrix_B.to(adapter.layers[x.module].lora_B.dtype),
-            x.matrix_A.to(adapter.layers[x.module].lora_A.dtype),
+        layer.with_factors(
+            layer.matrix_B.to(adapter.layers[module].lora_B.dtype),
+            layer.matrix_A.to(adapter.layers[module].lora_A.dtype),
         )
-        for x in layers
+        for module, layer in layers.items()
     ]

@@ -11,12 +11,9 @@ import torch
 import lorax_kernels as lk
 
 from .report import Outcome
-from .settings import METHODS, Settings
+from .settings import METHODS, RESHAPING, Settings
 
 Factors = tuple[torch.Tensor, torch.Tensor]
-
-# Methods that are defined where the weights' shapes differ.
-RESHAPING = ("lorax",)
 
 
 @dataclass(frozen=True)
@@ -31,6 +28,7 @@ class Batch:
         sources: bases of the source's weights.
         targets: bases of the target's weights.
         drifts: `||W_t - W_s|| / ||W_s||`; None where it is not defined.
+        aligned: the factors by method "aligned"; empty where the models were not aligned.
     """
 
     factors: list[Factors]
@@ -40,6 +38,7 @@ class Batch:
     sources: list[lk.SVD]
     targets: list[lk.SVD]
     drifts: list[float | None]
+    aligned: list[Factors]
 
     @property
     def is_reshaped(self) -> bool:
@@ -63,6 +62,10 @@ def move(batch: Batch, settings: Settings) -> dict[str, list[Factors]]:
     moved: dict[str, list[Factors]] = {}
     for method in METHODS:
         if batch.is_reshaped and method not in RESHAPING:
+            continue
+        if method == "aligned":
+            if batch.aligned:
+                moved[method] = batch.aligned
             continue
         if method == "copy":
             # Not through float32: a copy is exact.

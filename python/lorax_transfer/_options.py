@@ -34,12 +34,13 @@ Target = Annotated[
     ),
 ]
 Method = Annotated[
-    Literal["lorax", "prolora", "transport", "anchor", "restore", "copy"],
+    Literal["lorax", "prolora", "transport", "anchor", "restore", "aligned", "copy"],
     typer.Option(
         help="lorax projects the update on the target's leading subspaces; prolora keeps the part "
         "outside of them as well; transport rotates along the subspaces; anchor undoes the drift "
         "of the weights where the update reads and writes; restore undoes its largest directions, "
-        "and with them a part of the target's own training; copy carries the factors as they are.",
+        "and with them a part of the target's own training; aligned is for another depth or width; "
+        "copy carries the factors as they are.",
         rich_help_panel=HOW,
     ),
 ]

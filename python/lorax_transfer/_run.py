@@ -14,6 +14,7 @@ import torch
 
 import lorax_kernels as lk
 
+from ._alignment import carry, find_alignment
 from ._native import contract, expand, outline
 from .adapters import Adapter, lorax_form, read_adapter
 from .adapters.kinds import check_drop
@@ -76,12 +77,26 @@ class Run:
         with open_checkpoint(source) as self.source, open_checkpoint(target) as self.target:
             if self.native is not None:
                 self.adapter = self._expand(self.native, is_dry)
-            self.plan = make_plan(self.adapter, self.source, self.target, self.settings)
+            self.alignment = None
+            if self.settings.method == "aligned":
+                self.alignment = find_alignment(
+                    self.adapter,
+                    self.source,
+                    self.target,
+                    self.settings,
+                    pick_device(self.settings.device),
+                )
+            self.plan = make_plan(
+                self.adapter, self.source, self.target, self.settings, self.alignment
+            )
             yield
 
     def measure(self) -> dict[str, Result]:
         """Run the plan."""
         device, bases = self._basis_maker()
+        aligned = {}
+        if self.alignment is not None:
+            aligned = dict(carry(self.alignment, self.adapter, self.plan, device))
         engine = Engine(
             self.source,
             self.target,
@@ -90,6 +105,7 @@ class Run:
             bases,
             bases.workspace,
             keeps_bases=self.native is not None,
+            aligned=aligned,
         )
         count, done = len(self.plan.layers), 0
 
@@ -290,8 +306,8 @@ def _warnings(done: Report) -> tuple[str, ...]:
     totals, found = done.totals, []
     if totals.unvalidated:
         found.append(
-            f"{totals.unvalidated} of {totals.layers} layers change shape: the published formula "
-            "was followed, but no one has shown that it carries what an adapter learned."
+            f"{totals.unvalidated} of {totals.layers} layers change shape, and no one has "
+            "shown that a transfer between shapes carries what an adapter learned."
         )
     if totals.left_out:
         found.append(

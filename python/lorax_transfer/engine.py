@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a plan to results: weights are read a few at a time, and only small things outlive them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
 import lorax_kernels as lk
 
 from ._moves import Batch, Factors, move, outcomes
+from ._weights import read_matrix
 from .adapters import Adapter, LoraLayer
 from .bases import Basis, BasisMaker
 from .checkpoints import Checkpoint
-from .errors import CheckpointError
 from .plan import BATCH_BYTES, LayerPlan, Plan
 from .report import BasisFacts, LayerReport, Similarity
 from .settings import Settings
@@ -44,6 +44,7 @@ class Engine:
         device: where to compute.
         bases: what makes the bases.
         batch_bytes: weights to work on at a time.
+        aligned: factors of method "aligned" by module, where it was asked for.
         keeps_bases: whether results carry the target's bases, as large as a LoRA of their rank.
     """
 
@@ -54,6 +55,7 @@ class Engine:
     bases: BasisMaker
     batch_bytes: int = BATCH_BYTES
     keeps_bases: bool = False
+    aligned: Mapping[str, Factors] = field(default_factory=dict)
 
     def run(
         self, adapter: Adapter, plan: Plan, step: Callable[[int], None] = lambda count: None
@@ -81,8 +83,12 @@ class Engine:
 
     def _run_batch(self, plans: list[LayerPlan], layers: list[LoraLayer]) -> list[Result]:
         # The weights end with this call: results hold nothing of their size.
-        sources = [self._read(self.source, x.source_tensor, x.is_transposed) for x in plans]
-        targets = [self._read(self.target, x.target_tensor, x.is_transposed) for x in plans]
+        sources = [
+            read_matrix(self.source, x.source_tensor, x.is_transposed, self.device) for x in plans
+        ]
+        targets = [
+            read_matrix(self.target, x.target_tensor, x.is_transposed, self.device) for x in plans
+        ]
         drifts = [_drift(s, t) for s, t in zip(sources, targets, strict=True)]
         in_source, in_target = self._bases(plans, sources, targets, drifts)
         batch = Batch(
@@ -93,6 +99,7 @@ class Engine:
             sources=[basis.svd for basis in in_source],
             targets=[basis.svd for basis in in_target],
             drifts=drifts,
+            aligned=[self.aligned[x.module] for x in plans] if self.aligned else [],
         )
         moved = move(batch, self.settings)
         found = outcomes(batch, moved)
@@ -117,7 +124,7 @@ class Engine:
                 update_norm=lk.update_norm(*batch.factors[i]) * abs(layer.scale),
                 outcomes=found[i],
             )
-            result = self._judge(report, layer, moved[self.settings.method][i])
+            result = self._judge(report, planned, layer, moved[self.settings.method][i])
             results.append(replace(result, basis=in_target[i].svd if self.keeps_bases else None))
         return results
 
@@ -141,17 +148,9 @@ class Engine:
         in_source.update(zip(rest, made, strict=True))
         return [in_source[i] for i in range(len(plans))], in_target
 
-    def _read(self, checkpoint: Checkpoint, name: str, is_transposed: bool) -> torch.Tensor:
-        weight = checkpoint.read(name)
-        if not bool(torch.isfinite(weight).all()):
-            raise CheckpointError(
-                f"{name} in {checkpoint.location} holds NaN or Inf, expected finite weights; the "
-                "file is damaged or its training diverged, so get another copy."
-            )
-        weight = weight.flatten(1)
-        return (weight.T.contiguous() if is_transposed else weight).to(self.device)
-
-    def _judge(self, report: LayerReport, layer: LoraLayer, factors: Factors) -> Result:
+    def _judge(
+        self, report: LayerReport, planned: LayerPlan, layer: LoraLayer, factors: Factors
+    ) -> Result:
         limit = self.settings.min_similarity
         if limit is not None:
             similarity = report.similarity
@@ -170,7 +169,7 @@ class Engine:
         error = report.svd_error or 0.0
         if error > self.bases.tol:
             reasons.append(f"basis error {error:.1e} is above {self.bases.tol:g}")
-        moved = layer.with_factors(*factors)
+        moved = layer.with_factors(*factors, module=planned.target_module)
         return Result(replace(report, reason="; ".join(reasons)), moved)
 
 

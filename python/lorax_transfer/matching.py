@@ -49,8 +49,8 @@ PREFIXES = (
     "diffusion_model.",
     "model.diffusion_model.",
 )
-_HEADS = ("lm_head", "embed_out")
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+HEADS = ("lm_head", "embed_out")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _find(rule: Rule, modules: Sequence[str], names: set[str], tied: str | None)
         if "." not in module:
             candidates.append(f"{module}.weight")
         name = next((name for name in candidates if name in names), None)
-        if name is None and tied is not None and module.rpartition(".")[2] in _HEADS:
+        if name is None and tied is not None and module.rpartition(".")[2] in HEADS:
             name = tied
         if name is not None:
             found[module] = name
@@ -160,7 +160,7 @@ def _tied_tensor(checkpoint: Checkpoint) -> str | None:
     settings = [config, text] if isinstance(text, dict) else [config]
     if not any(part.get("tie_word_embeddings") is True for part in settings):
         return None
-    names = [name for name in checkpoint.names() if name.endswith(_EMBEDDINGS)]
+    names = [name for name in checkpoint.names() if name.endswith(EMBEDDINGS)]
     return names[0] if len(names) == 1 else None
 
 

@@ -4,14 +4,19 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
+from ._weights import as_matrix, transposed_modules
 from .adapters import Adapter, LoraLayer
 from .checkpoints import Checkpoint
 from .errors import CheckpointError, MatchError, TransferError
 from .matching import match
-from .settings import DEFAULT_RANK, Settings
+from .settings import DEFAULT_RANK, RESHAPING, Settings
+
+if TYPE_CHECKING:
+    from ._alignment import Alignment
 
 # Weights in memory at a time, both models together, unless a single layer needs more. With 256 MiB
 # a model of 1.1 B parameters peaks some 300 MB higher (benchmarks/transfer/memory.py).
@@ -34,6 +39,7 @@ class LayerPlan:
         rank: singular directions to keep, at most that many where an energy decides.
         is_transposed: the checkpoints store `(in, out)`.
         weight_bytes: bytes of both weights as they are read.
+        target_module: its path in the target.
     """
 
     module: str
@@ -45,6 +51,7 @@ class LayerPlan:
     rank: int
     is_transposed: bool
     weight_bytes: int
+    target_module: str
 
     @property
     def is_reshaped(self) -> bool:
@@ -54,7 +61,10 @@ class LayerPlan:
     @property
     def reason(self) -> str:
         """Why the layer is treated in another way than the rest; empty in the plain case."""
-        return "shapes differ: the published formula, unvalidated" if self.is_reshaped else ""
+        reasons = ["shapes differ: unvalidated"] if self.is_reshaped else []
+        if self.target_module != self.module:
+            reasons.append(f"goes to {self.target_module}")
+        return "; ".join(reasons)
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,13 @@ class Plan:
             yield batch
 
 
-def make_plan(adapter: Adapter, source: Checkpoint, target: Checkpoint, settings: Settings) -> Plan:
+def make_plan(
+    adapter: Adapter,
+    source: Checkpoint,
+    target: Checkpoint,
+    settings: Settings,
+    alignment: "Alignment | None" = None,
+) -> Plan:
     """Decide what to do with every layer of an adapter.
 
     Args:
@@ -105,6 +121,7 @@ def make_plan(adapter: Adapter, source: Checkpoint, target: Checkpoint, settings
         source: the base model that it was trained on.
         target: the base model that it is moved to.
         settings: the options.
+        alignment: which modules correspond; None where they have the same paths.
 
     Returns:
         The plan.
@@ -123,17 +140,26 @@ def make_plan(adapter: Adapter, source: Checkpoint, target: Checkpoint, settings
             f"--include {settings.include} and --exclude {settings.exclude} leave none of the "
             f"adapter's {len(reasons)} modules; they are searched in paths such as {example}."
         )
-    in_source = match(chosen, source, "source")
-    in_target = match(chosen, target, "target")
-    transposed = _transposed(adapter, source, in_source.tensors)
+    if alignment is None:
+        in_source, in_target = match(chosen, source, "source"), match(chosen, target, "target")
+        source_tensors, target_tensors = in_source.tensors, in_target.tensors
+        rules, targets = (in_source.rule, in_target.rule), {module: module for module in chosen}
+    else:
+        excluded |= alignment.unmatched
+        chosen = [module for module in chosen if module not in alignment.unmatched]
+        targets = alignment.modules
+        source_tensors = {module: alignment.source.tensor(module) for module in chosen}
+        target_tensors = {x: alignment.target.tensor(targets[x]) for x in chosen}
+        rules = (alignment.source.rule, alignment.target.rule)
+    transposed = transposed_modules(adapter, source, source_tensors)
     layers = []
     for module in chosen:
-        names = (in_source.tensors[module], in_target.tensors[module])
+        names = (source_tensors[module], target_tensors[module])
         layer = adapter.layers[module]
         default = layer.rank if adapter.is_lorax else DEFAULT_RANK
         planned = _plan_layer(layer, source, target, names, transposed[module], settings, default)
-        layers.append(planned)
-    plan = Plan(tuple(layers), excluded, in_source.rule, in_target.rule, 0)
+        layers.append(replace(planned, target_module=targets[module]))
+    plan = Plan(tuple(layers), excluded, *rules, 0)
     _check_method(plan, settings)
     return replace(plan, memory_bytes=_memory(plan, adapter))
 
@@ -180,14 +206,8 @@ def _plan_layer(
         rank=_rank(layer.module, min(*shapes[0], *shapes[1]), settings, default_rank),
         is_transposed=is_transposed,
         weight_bytes=sum(sizes),
+        target_module=layer.module,
     )
-
-
-def as_matrix(shape: tuple[int, ...], is_transposed: bool) -> tuple[int, int]:
-    """Shape `(out, in)` of a stored weight seen as a matrix; kernels count as inputs."""
-    if is_transposed:
-        return shape[1], shape[0]
-    return shape[0], math.prod(shape[1:])
 
 
 def _rank(module: str, side: int, settings: Settings, default: int) -> int:
@@ -203,44 +223,15 @@ def _rank(module: str, side: int, settings: Settings, default: int) -> int:
     return settings.rank
 
 
-def _transposed(
-    adapter: Adapter, source: Checkpoint, tensors: Mapping[str, str]
-) -> dict[str, bool]:
-    """For each module, whether its weight is stored `(in, out)`.
-
-    A shape decides where its sides differ. A square weight follows the modules that share its last
-    name (GPT-2's `c_proj` is square in one place only), and the adapter's flag where none does:
-    PEFT keeps one flag for all, wrong for some modules of a model that mixes both layouts.
-    """
-    known: dict[str, bool] = {}
-    by_leaf: dict[str, set[bool]] = {}
-    for module, name in tensors.items():
-        layer, shape = adapter.layers[module], source.shape(name)
-        straight = (layer.out_features, layer.in_features, *layer.kernel_size)
-        turned = straight[1::-1] if not layer.is_conv else None
-        if shape not in (straight, turned):
-            raise MatchError(
-                f"{name} in the source {source.location} has shape {shape}, expected {straight} by "
-                f"the adapter's factors for {module}; the adapter was trained on another model, so "
-                "name that one as the source."
-            )
-        if straight != turned:
-            known[module] = shape == turned
-            by_leaf.setdefault(module.rpartition(".")[2], set()).add(known[module])
-    for module in tensors:
-        seen = by_leaf.get(module.rpartition(".")[2], set())
-        known.setdefault(module, seen == {True} if len(seen) == 1 else adapter.fan_in_fan_out)
-    return known
-
-
 def _check_method(plan: Plan, settings: Settings) -> None:
     reshaped = [layer for layer in plan.layers if layer.is_reshaped]
-    if reshaped and settings.method != "lorax":
+    if reshaped and settings.method not in RESHAPING:
         first = reshaped[0]
         raise MatchError(
             f"method {settings.method} needs equal shapes, but {first.module} goes from "
             f"{first.source_shape} to {first.target_shape} ({len(reshaped)} such modules); use "
-            "--method lorax, whose formula for this case is unvalidated, or --exclude them."
+            "--method aligned, or lorax, whose formula for this case is unvalidated, or --exclude "
+            "them."
         )
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from .errors import TransferError
 
-METHODS = ("lorax", "prolora", "transport", "anchor", "restore", "copy")
+METHODS = ("lorax", "prolora", "transport", "anchor", "restore", "aligned", "copy")
+# Those that are defined where the weights' shapes differ.
+RESHAPING = ("lorax", "aligned")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 FORMS = ("auto", "lorax", "lora")
 BACKENDS = ("auto", "cuda", "triton", "reference")

@@ -175,5 +175,5 @@ class TestBatches:
 def test_names_agree_with_the_kernels():
     import lorax_kernels as lk
 
-    assert set(METHODS) == {*lk.METHODS, "anchor", "restore"}
+    assert set(METHODS) == {*lk.METHODS, "anchor", "restore", "aligned"}
     assert ("auto", *(row.name for row in lk.backends())) == BACKENDS

@@ -213,7 +213,7 @@ def test_table_fits_and_names_every_layer(reports, kind, width):
             assert layer.module.removeprefix("model.layers.") in text
     if kind != "plan":
         assert f"Recommendation: {report.recommendation.verdict}" in text
-        for method in METHODS:
+        for method in set(METHODS) - {"aligned"}:
             assert re.search(rf"^{method}.* [\d.]+%", text, re.MULTILINE)
     if kind == "transfer":
         assert "1 module excluded" in text

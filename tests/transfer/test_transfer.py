@@ -39,6 +39,8 @@ pytestmark = pytest.mark.filterwarnings(
 # Factors are written in float32 (6e-8) and small weights decomposed exactly; the bases' vectors
 # carry 1e-6 of float32 rounding, which a few layers add up and nothing amplifies.
 CLOSE = 2e-5
+# The methods between models of one shape; test_aligned.py has the other.
+ALIKE = [method for method in METHODS if method != "aligned"]
 
 ATTENTION = ["q_proj", "v_proj"]
 PATTERNS = {
@@ -67,7 +69,7 @@ def check_output(pair, output: Path, method: str, rank: int) -> None:
     assert relative_error(run_model(pair.target_model.double()), wanted) > 100 * CLOSE
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALIKE)
 @pytest.mark.parametrize("name", MODELS)
 def test_output_is_what_the_equations_say(tmp_path, name, method):
     make, lora = MODELS[name]
@@ -84,7 +86,7 @@ def test_report_says_what_happened_to_the_update(tmp_path):
     pair = make_pair(tmp_path, llama, target_modules=ATTENTION)
     report = lorax_transfer.scan(pair.adapter, pair.source, pair.target, rank=12)
     before = updates(pair.source_model, pair.adapter)
-    for method in METHODS:
+    for method in ALIKE:
         after = expected(pair, method, 12)
         for layer in report.layers:
             dW, moved = before[layer.module], after[layer.module]
