@@ -42,7 +42,7 @@ def _check(model: torch.nn.Module, kind: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", CORES)
+@pytest.mark.parametrize("options", CORES[:2])
 def test_folded_in_memory(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
     model = lorax_makers.adapted(kind, **options)
     save_as_lora(model, tmp_path / "lora")
@@ -50,7 +50,7 @@ def test_folded_in_memory(tmp_path: Path, kind: str, options: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", CORES)
+@pytest.mark.parametrize("options", CORES[2:])
 def test_folded_from_files(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
     pairs.save_model(lorax_makers.MODELS[kind](), tmp_path / "base")
     model = lorax_makers.saved(kind, tmp_path / "native", **options)
