@@ -294,8 +294,35 @@ def test_a_layer_of_an_ordinary_lora_is_refused() -> None:
     model = peft.get_peft_model(
         adapter_makers.llama(), peft.LoraConfig(r=2, target_modules=["q_proj"])
     )
+    for targets in (["q_proj"], "all-linear"):
+        with pytest.raises(AdapterError, match="has an ordinary LoRA already"):
+            add_lorax_adapter(model, 4, adapter_name="x", target_modules=targets)
+    # Through PEFT's own door its layer refuses it.
     with pytest.raises(ValueError, match="lora_x"):
-        add_lorax_adapter(model, 4, adapter_name="x", target_modules=["q_proj"])
+        model.add_adapter("x", LoraXConfig(r=4, target_modules=["q_proj"]))
+    add_lorax_adapter(model, 4, adapter_name="y", target_modules=["v_proj"])
+
+
+def test_a_failure_leaves_the_model_as_it_was() -> None:
+    base = adapter_makers.llama()
+    before = lorax_makers.run(base)
+    down = base.model.layers[1].mlp.down_proj
+    kept = down.weight.detach().clone()
+    with torch.no_grad():
+        down.weight.zero_()
+    with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.down_proj is zero"):
+        add_lorax_adapter(base, 4)
+    assert type(down) is type(base.model.layers[1].mlp.down_proj) is torch.nn.Linear
+    with torch.no_grad():
+        down.weight.copy_(kept)
+    assert torch.equal(lorax_makers.run(base), before)
+    model = add_lorax_adapter(base, 4)
+    with torch.no_grad():
+        down.weight.zero_()
+    with pytest.raises(AdapterError, match="is zero"):
+        add_lorax_adapter(model, 4, adapter_name="second")
+    assert list(model.peft_config) == ["default"]
+    assert not lorax_layers(model, "second")
 
 
 def test_a_merged_layer_a_quantised_one_and_groups_are_refused() -> None:

@@ -2,11 +2,15 @@
 """A model and its LoRA-X adapters: put on, loaded from files, written as an ordinary LoRA."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 import lorax_kernels as lk
@@ -76,14 +80,14 @@ def add_lorax_adapter(
         target_modules=target_modules,
         **peft_options,
     )
-    model = _inject(model, config, adapter_name)
-    layers = lorax_layers(model, adapter_name)
-    weights = [layer.base_matrix() for layer in layers.values()]
-    ranks = [layer.r[adapter_name] for layer in layers.values()]
-    svds = bases_of(weights, ranks, energy, _directory(cache))
-    for (module, layer), svd in zip(layers.items(), svds, strict=True):
-        layer.set_bases(adapter_name, svd, config, module)
-    return model
+    with _adapted(model, config, adapter_name) as wrapped:
+        layers = lorax_layers(wrapped, adapter_name)
+        weights = [layer.base_matrix() for layer in layers.values()]
+        ranks = [layer.r[adapter_name] for layer in layers.values()]
+        svds = bases_of(weights, ranks, energy, _directory(cache))
+        for (module, layer), svd in zip(layers.items(), svds, strict=True):
+            layer.set_bases(adapter_name, svd, config, module)
+    return wrapped
 
 
 def load_lorax_adapter(
@@ -128,16 +132,16 @@ def load_lorax_adapter(
     config.target_modules = list(native.layers)
     # PEFT goes by names and would warn of another one; the digests below know the weights.
     recorded, config.base_model_name_or_path = config.base_model_name_or_path, None
-    model = _inject(model, config, adapter_name)
-    config.base_model_name_or_path = config.base_model_name_or_path or recorded
-    layers = lorax_layers(model, adapter_name)
-    weights = [_trained_on(layer, native.layers[module]) for module, layer in layers.items()]
-    ranks = [native.layers[module].rank for module in layers]
-    svds = bases_of(weights, ranks, cache=_directory(cache))
-    for (module, layer), svd in zip(layers.items(), svds, strict=True):
-        layer.set_bases(adapter_name, svd, config, module, native.layers[module].digest)
-    set_peft_model_state_dict(model, native.state_dict(), adapter_name)
-    return model
+    with _adapted(model, config, adapter_name) as wrapped:
+        config.base_model_name_or_path = config.base_model_name_or_path or recorded
+        layers = lorax_layers(wrapped, adapter_name)
+        weights = [_trained_on(layer, native.layers[module]) for module, layer in layers.items()]
+        ranks = [native.layers[module].rank for module in layers]
+        svds = bases_of(weights, ranks, cache=_directory(cache))
+        for (module, layer), svd in zip(layers.items(), svds, strict=True):
+            layer.set_bases(adapter_name, svd, config, module, native.layers[module].digest)
+        set_peft_model_state_dict(wrapped, native.state_dict(), adapter_name)
+    return wrapped
 
 
 def save_as_lora(
@@ -208,20 +212,43 @@ def lorax_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, L
     }
 
 
-def _inject(model: nn.Module, config: LoraXConfig, adapter_name: str) -> PeftModel:
+@contextmanager
+def _adapted(model: nn.Module, config: LoraXConfig, adapter_name: str) -> Iterator[PeftModel]:
+    """The model with an adapter that waits for its bases; as it was if something goes wrong."""
+    _check_free(model, config, adapter_name)
     config.waits_for_bases = True
-    try:
-        if not isinstance(model, PeftModel):
-            return get_peft_model(model, config, adapter_name)
-        if adapter_name in model.peft_config:
-            raise AdapterError(
-                f"the model has an adapter {adapter_name!r} already, expected another name; give "
-                "adapter_name, or delete_adapter first."
-            )
+    if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, config)
-        return model
-    finally:
-        config.waits_for_bases = False
+        wrapped = model
+    else:
+        wrapped = get_peft_model(model, config, adapter_name)
+    config.waits_for_bases = False
+    try:
+        yield wrapped
+    except BaseException:
+        if wrapped is model:
+            wrapped.delete_adapter(adapter_name)
+        else:
+            wrapped.unload()
+        raise
+
+
+def _check_free(model: nn.Module, config: LoraXConfig, adapter_name: str) -> None:
+    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
+        raise AdapterError(
+            f"the model has an adapter {adapter_name!r} already, expected another name; give "
+            "adapter_name, or delete_adapter first."
+        )
+    for path, module in model.named_modules():
+        name = path.removeprefix("base_model.model.")
+        is_target = config.target_modules == "all-linear" or bool(
+            check_target_module_exists(config, name)
+        )
+        if is_target and isinstance(module, LoraLayer) and not isinstance(module, LoraXLayer):
+            raise AdapterError(
+                f"{name} has an ordinary LoRA already, and PEFT keeps the layer that it made for "
+                "it; add the LoRA-X adapter first."
+            )
 
 
 def _name_of(model: nn.Module) -> str:
