@@ -3,8 +3,10 @@
 
     PYTHONPATH=.:python python benchmarks/kernels/bench_lorax_layer.py
 
-A square layer with its base weight frozen; a step is forward and backward to the input. On a GPU
-in bfloat16 and as a CUDA graph, so that products are measured and not how fast Python calls them.
+A square layer with its base weight frozen; a step is forward and backward to the input, a start the
+exact bases of one layer, from a call for four. On a GPU in bfloat16 and, but for the start, as a
+CUDA graph, so that products are measured and not how fast Python calls them. On a CPU times are
+those of the process with one thread: what else runs on the machine does not count.
 """
 
 import argparse
@@ -31,6 +33,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     is_gpu = torch.cuda.is_available()
     width = args.width or (4096 if is_gpu else 576)
     tokens = args.tokens or (8192 if is_gpu else 1024)
@@ -65,6 +68,23 @@ def measure(
         for kind in ("forward", "step"):
             ms = _time(model, x, grad, kind, repeats)
             yield _row(width, tokens, name, rank, kind, ms, alone)
+    for rank in ranks:
+        ms = _start(width, rank, device, dtype)
+        yield _row(width, tokens, "full", rank, "start", ms, {"start": 0.0})
+
+
+def _start(width: int, rank: int, device: str, dtype: torch.dtype) -> float:
+    count, times = 4, []
+    for _ in range(3):
+        model = torch.nn.Sequential(*(_layer(width, device, dtype) for _ in range(count)))
+        targets = [str(i) for i in range(count)]
+        start = time.perf_counter() if device == "cuda" else time.process_time()
+        add_lorax_adapter(model, rank, target_modules=targets)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        end = time.perf_counter() if device == "cuda" else time.process_time()
+        times.append(1e3 * (end - start) / count)
+    return statistics.median(times)
 
 
 def _row(
@@ -103,8 +123,6 @@ def _time(
 
 
 def _on_cpu(run: Callable[[], None], repeats: int) -> float:
-    # Time of the process with one thread: what else runs on the machine does not count.
-    torch.set_num_threads(1)
     times = []
     for _ in range(repeats):
         start = time.process_time()
