@@ -30,6 +30,7 @@ def restore_lora(
     directions: int = ...,
     rank: int | None = ...,
     backend: str = ...,
+    workspace: int = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 @overload
 def restore_lora(
@@ -43,6 +44,7 @@ def restore_lora(
     directions: int = ...,
     rank: int | None = ...,
     backend: str = ...,
+    workspace: int = ...,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]: ...
 @torch.no_grad()
 def restore_lora(
@@ -56,6 +58,7 @@ def restore_lora(
     directions: int = 16,
     rank: int | None = None,
     backend: str = "auto",
+    workspace: int = 4 << 30,
 ) -> tuple[torch.Tensor, torch.Tensor] | tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Undoes the largest directions of the drift beside the adapter.
 
@@ -75,6 +78,7 @@ def restore_lora(
         directions: `q`, directions of the drift to undo; capped at the shorter side of a weight.
         rank: rank of the result, by recompression; None for `r + q`, exactly.
         backend: "auto", "cuda", "triton" or "reference".
+        workspace: bytes of extra memory beyond weights and results; see `svd_diff`.
 
     Returns:
         `lora_B` `(m, rank)` and `lora_A` `(rank, n)`, or lists, in the dtypes that came in.
@@ -92,7 +96,7 @@ def restore_lora(
         raise ValueError(f"directions must be at least 1, got {directions}")
     layers = Layers(lora_B, lora_A, source, target, scale, strength, rank)
     wide, tall = [], []
-    drifts = _drifts(layers, directions, backend)
+    drifts = _drifts(layers, directions, backend, workspace)
     for (B, A, _, _, s), drift in zip(layers.rows(), drifts, strict=True):
         root = (strength * drift.S / abs(s)).sqrt()
         undo = -root if s > 0 else root
@@ -104,7 +108,7 @@ def restore_lora(
     return layers.unlisted((wide, tall))
 
 
-def _drifts(layers: Layers, directions: int, backend: str) -> list[SVD]:
+def _drifts(layers: Layers, directions: int, backend: str, workspace: int) -> list[SVD]:
     """Leading triplets of every layer's drift; those of one rank together."""
     ranks = [min(directions, *W.shape) for W in layers.source]
     found: dict[int, SVD] = {}
@@ -113,6 +117,14 @@ def _drifts(layers: Layers, directions: int, backend: str) -> list[SVD]:
         targets, sources = ([x[i] for i in some] for x in (layers.target, layers.source))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            svds = svd_diff(targets, sources, rank, tol=1e-2, max_passes=_PASSES, backend=backend)
+            svds = svd_diff(
+                targets,
+                sources,
+                rank,
+                tol=1e-2,
+                max_passes=_PASSES,
+                backend=backend,
+                workspace=workspace,
+            )
         found.update(zip(some, svds, strict=True))
     return [found[i] for i in range(len(ranks))]

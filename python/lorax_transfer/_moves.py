@@ -46,12 +46,13 @@ class Batch:
         return self.source_weights[0].shape != self.target_weights[0].shape
 
 
-def move(batch: Batch, settings: Settings) -> dict[str, list[Factors]]:
+def move(batch: Batch, settings: Settings, workspace: int = 4 << 30) -> dict[str, list[Factors]]:
     """The factors by every method that is defined for the batch.
 
     Args:
         batch: the layers.
         settings: the options.
+        workspace: bytes of temporaries that may be taken.
 
     Returns:
         For each method the factors of each layer, on the CPU; in float32, but of a copy.
@@ -72,7 +73,7 @@ def move(batch: Batch, settings: Settings) -> dict[str, list[Factors]]:
             moved[method] = batch.factors
             continue
         if method in ("anchor", "restore"):
-            lora_B, lora_A = _undo(method, B, A, batch, settings)
+            lora_B, lora_A = _undo(method, B, A, batch, settings, workspace)
         else:
             with warnings.catch_warnings():
                 # The report says it of each layer.
@@ -85,7 +86,12 @@ def move(batch: Batch, settings: Settings) -> dict[str, list[Factors]]:
 
 
 def _undo(
-    method: str, B: list[torch.Tensor], A: list[torch.Tensor], batch: Batch, settings: Settings
+    method: str,
+    B: list[torch.Tensor],
+    A: list[torch.Tensor],
+    batch: Batch,
+    settings: Settings,
+    workspace: int,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """A layer without an update stays so: there is nothing that drift could stand in the way of."""
     new_B, new_A = list(B), list(A)
@@ -102,6 +108,7 @@ def _undo(
             strength=strength,
             directions=settings.directions,
             backend=backend,
+            workspace=workspace,
         )
     for i, b, a in zip(live, *done, strict=True):
         new_B[i], new_A[i] = b, a

@@ -101,7 +101,7 @@ class Engine:
             drifts=drifts,
             aligned=[self.aligned[x.module] for x in plans] if self.aligned else [],
         )
-        moved = move(batch, self.settings)
+        moved = move(batch, self.settings, self.bases.workspace)
         found = outcomes(batch, moved)
         results = []
         for i, (planned, layer) in enumerate(zip(plans, layers, strict=True)):
