@@ -14,10 +14,10 @@ guide.
 """
 
 from .config import LoraXConfig as LoraXConfig
+from .folding import save_as_lora as save_as_lora
 from .layers import LoraXConv2d as LoraXConv2d
 from .layers import LoraXLayer as LoraXLayer
 from .layers import LoraXLinear as LoraXLinear
 from .model import add_lorax_adapter as add_lorax_adapter
 from .model import load_lorax_adapter as load_lorax_adapter
 from .model import lorax_layers as lorax_layers
-from .model import save_as_lora as save_as_lora

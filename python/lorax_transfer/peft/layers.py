@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
-from peft.tuners.lora.layer import Conv2d, Linear, LoraLayer, LoraVariant
+from peft.tuners.lora.layer import Conv2d, Linear, LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,46 +19,9 @@ from lorax_transfer.errors import AdapterError, MatchError
 from .bases import bases_of
 from .config import LoraXConfig
 from .parts import Core, FrozenFactor
+from .variant import LoraXVariant
 
 _META = torch.device("meta")
-
-
-class LoraXVariant(LoraVariant):
-    """Tells PEFT's layers how an adapter of this kind is applied, merged and taken out again."""
-
-    @staticmethod
-    def forward(
-        module: LoraLayer,
-        active_adapter: str,
-        x: torch.Tensor,
-        result: torch.Tensor,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """The layer's result with the adapter's update added."""
-        return result + cast(LoraXLayer, module).update_of(active_adapter, x)
-
-    @staticmethod
-    def merge_safe(
-        module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor
-    ) -> torch.Tensor:
-        """A new weight with the update added."""
-        return orig_weight + cast(LoraXLayer, module).get_delta_weight(active_adapter).to(
-            orig_weight.dtype
-        )
-
-    @staticmethod
-    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> None:
-        """Add the update to a weight in place."""
-        orig_weight.data += (
-            cast(LoraXLayer, module).get_delta_weight(active_adapter).to(orig_weight.dtype)
-        )
-
-    @staticmethod
-    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        """A new weight with the update taken out."""
-        return orig_weight - cast(LoraXLayer, module).get_delta_weight(active_adapter).to(
-            orig_weight.dtype
-        )
 
 
 class LoraXLayer(nn.Module, LoraLayer):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model and its LoRA-X adapters: put on, loaded from files, written as an ordinary LoRA."""
+"""A model and its LoRA-X adapters: put on, loaded from files, found."""
 
 import os
 from collections.abc import Iterator
@@ -13,19 +13,15 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-import lorax_kernels as lk
-from lorax_transfer._fold import card
-from lorax_transfer._native import lora_config, lora_layer
-from lorax_transfer.adapters import Adapter, write_adapter
 from lorax_transfer.adapters.lorax import NativeLayer, read_lorax
 from lorax_transfer.adapters.lorax_form import matching
 from lorax_transfer.errors import AdapterError, MatchError
+from lorax_transfer.preflight import PathLike
 
 from .bases import bases_of
 from .config import LoraXConfig
 from .layers import LoraXLayer
 
-PathLike = str | os.PathLike[str]
 CACHE_VARIABLE = "LORAX_TRANSFER_CACHE"
 
 
@@ -144,65 +140,6 @@ def load_lorax_adapter(
     return wrapped
 
 
-def save_as_lora(
-    model: PeftModel,
-    output: PathLike,
-    adapter_name: str = "default",
-    *,
-    dtype: torch.dtype = torch.float32,
-    overwrite: bool = False,
-) -> None:
-    """Write a LoRA-X adapter as an ordinary LoRA of the same update, which stock PEFT loads.
-
-    Args:
-        model: model with the adapter.
-        output: directory to write.
-        adapter_name: its name in the model.
-        dtype: of the factors.
-        overwrite: replace an existing adapter.
-
-    Raises:
-        AdapterError: there is no such LoRA-X adapter, or a convolution is dilated, which PEFT's
-            LoRA is not.
-        OutputError: the directory exists or cannot be written.
-
-    Example:
-        >>> save_as_lora(model, "summarise-lora")  # doctest: +SKIP
-    """
-    found = lorax_layers(model, adapter_name)
-    if not found:
-        raise AdapterError(
-            f"the model has no LoRA-X adapter {adapter_name!r}, expected one of "
-            f"{', '.join(model.peft_config)}; give adapter_name."
-        )
-    layers = []
-    for module, layer in found.items():
-        layer.check_foldable(module)
-        left, V = (x.detach().cpu() for x in layer.factors_of(adapter_name))
-        shape = tuple(layer.base_weight.shape)
-        layers.append(lora_layer(module, left, V.mT.contiguous(), shape))
-    config = model.peft_config[adapter_name].to_dict()
-    base = config["base_model_name_or_path"] or _name_of(model)
-    adapter = Adapter(
-        layers={layer.module: layer for layer in layers},
-        config=lora_config(config, layers),
-        metadata={},
-        location=Path(output),
-        dropped=(),
-        content_hash="",
-        is_lorax=True,
-    )
-    write_adapter(
-        adapter,
-        output,
-        base_model_name_or_path=base,
-        provenance={"kind": "fold", "version": lk.__version__},
-        model_card=card(base),
-        dtype=dtype,
-        overwrite=overwrite,
-    )
-
-
 def lorax_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraXLayer]:
     """The layers of a model that have a LoRA-X adapter of that name, by module path."""
     return {
@@ -249,10 +186,6 @@ def _check_free(model: nn.Module, config: LoraXConfig, adapter_name: str) -> Non
                 f"{name} has an ordinary LoRA already, and PEFT keeps the layer that it made for "
                 "it; add the LoRA-X adapter first."
             )
-
-
-def _name_of(model: nn.Module) -> str:
-    return getattr(getattr(model, "config", None), "name_or_path", None) or ""
 
 
 def _trained_on(layer: LoraXLayer, native: NativeLayer) -> torch.Tensor:
