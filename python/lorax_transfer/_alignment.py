@@ -15,6 +15,7 @@ from .checkpoints import Checkpoint
 from .errors import MatchError
 from .matching import EMBEDDINGS, HEADS
 from .plan import LayerPlan, Plan
+from .report import AlignmentFacts
 from .settings import Settings
 
 # Mean cosine of two models' embeddings, token by token, above which they share their coordinates:
@@ -56,7 +57,7 @@ class Alignment:
         stream: map of the residual stream `(d_t, d_s)`; None for the identity.
         modules: the target's module for each of the adapter's that has one.
         unmatched: the others, with the reason.
-        likeness: mean likeness of the layers that were paired up.
+        facts: of the alignment, for the report.
     """
 
     source: Stack
@@ -64,7 +65,7 @@ class Alignment:
     stream: torch.Tensor | None
     modules: dict[str, str]
     unmatched: dict[str, str]
-    likeness: float
+    facts: AlignmentFacts
 
 
 def find_alignment(
@@ -116,8 +117,14 @@ def find_alignment(
         else:
             unmatched[module] = "no layer of the target stands for this one"
     scores = [score for i, score in zip(matched, likeness, strict=True) if i is not None]
-    mean = sum(scores) / len(scores) if scores else 0.0
-    return Alignment(in_source, in_target, stream, paired, unmatched, mean)
+    facts = AlignmentFacts(
+        stream="identity" if stream is None else "procrustes",
+        source_layers=len(in_source.tensors),
+        target_layers=len(in_target.tensors),
+        paired=len(scores),
+        likeness=sum(scores) / len(scores) if scores else 0.0,
+    )
+    return Alignment(in_source, in_target, stream, paired, unmatched, facts)
 
 
 def is_writer(module: str) -> bool:

@@ -208,7 +208,9 @@ class Run:
                 if result.layer is not None:
                     layers[module] = replace(layers[module], status="transferred")
         done = self._report(kind, layers, hashes)
-        return replace(done, recommendation=recommend(done.totals), warnings=_warnings(done))
+        return replace(
+            done, recommendation=recommend(done.totals, done.alignment), warnings=_warnings(done)
+        )
 
     def check_strict(self, done: Report) -> None:
         """Raise under `strict` if a layer is not as it should be; the report is saved first."""
@@ -284,6 +286,7 @@ class Run:
             dropped_kinds=self.adapter.dropped_kinds,
             layers=ordered,
             totals=total(ordered, TOLERANCE),
+            alignment=None if self.alignment is None else self.alignment.facts,
             recommendation=None,
             warnings=(),
             memory_bytes=self.plan.memory_bytes,

@@ -195,7 +195,7 @@ def scan(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure what moving ADAPTER would do and recommend: copy, project, or do not.
+    """Measure what moving ADAPTER would do and recommend: copy, project, align, or do not.
 
     All methods are measured; --method says which one the table shows layer by layer. No adapter is
     written.

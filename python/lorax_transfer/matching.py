@@ -195,5 +195,6 @@ def _incomplete(
     return MatchError(
         f"the {role} {checkpoint.location} has no weight for {len(missing)} of the adapter's "
         f"{len(modules)} modules: {shown} (looked up by the rule: {rule.name}); to move the others "
-        "only, leave these out with --exclude."
+        "only, leave these out with --exclude; for a model of another depth there is --method "
+        "aligned."
     )

@@ -209,12 +209,32 @@ class Recommendation:
     """What to do with the adapter.
 
     Attributes:
-        verdict: "copy", "project" or "do not".
+        verdict: "copy", "project", "align" or "do not".
         reason: the sentence behind it.
     """
 
     verdict: str
     reason: str
+
+
+@dataclass(frozen=True)
+class AlignmentFacts:
+    """How two models were brought together for method "aligned".
+
+    Attributes:
+        stream: "identity", where they share the coordinates of their residual streams, or
+            "procrustes".
+        source_layers: layers of the source.
+        target_layers: layers of the target.
+        paired: those that were paired up.
+        likeness: mean likeness of the pairs: 1 for equal weights, about 0 for unrelated ones.
+    """
+
+    stream: str
+    source_layers: int
+    target_layers: int
+    paired: int
+    likeness: float
 
 
 @dataclass(frozen=True)
@@ -233,6 +253,7 @@ class Report:
         dropped_kinds: their kinds.
         layers: a report for each module of the adapter, in its order.
         totals: the layers together.
+        alignment: how the models were brought together; None but for method "aligned".
         recommendation: what to do; None for a plan, which measured nothing.
         warnings: sentences that the user should not miss.
         memory_bytes: the plan's estimate of the memory needed.
@@ -251,6 +272,7 @@ class Report:
     dropped_kinds: tuple[str, ...]
     layers: tuple[LayerReport, ...]
     totals: Totals
+    alignment: AlignmentFacts | None
     recommendation: Recommendation | None
     warnings: tuple[str, ...]
     memory_bytes: int

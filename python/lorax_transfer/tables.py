@@ -14,7 +14,8 @@ from .settings import DEFAULT_RANK
 
 # Below this width, and a little more beside notes, the columns that explain least are left out.
 _WIDE = 100
-_STYLES = {"copy": "bold green", "project": "bold green", "do not": "bold red"}
+_STYLES = dict.fromkeys(("copy", "project", "align"), "bold green")
+_STYLES["do not"] = "bold red"
 
 
 def show(report: Report, console: Console) -> None:
@@ -172,6 +173,12 @@ def _conclusion(report: Report) -> list[Text]:
         facts.append(
             f"{totals.in_subspace:.1%} of the update in the target's subspaces (a random one: "
             f"{totals.in_subspace_chance:.1%})"
+        )
+    if report.alignment is not None:
+        found = report.alignment
+        facts.append(
+            f"{found.paired} pairs of {found.source_layers} and {found.target_layers} layers, "
+            f"likeness {found.likeness:.2f}, stream by {found.stream}"
         )
     if facts:
         lines.append(Text("\n" + ", ".join(facts)))

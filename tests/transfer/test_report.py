@@ -18,6 +18,7 @@ from lorax_transfer.plot import draw
 from lorax_transfer.recommend import recommend
 from lorax_transfer.report import (
     STATUSES,
+    AlignmentFacts,
     BasisFacts,
     LayerReport,
     Outcome,
@@ -182,11 +183,35 @@ class TestRecommendation:
         assert f"**{verdict}**" in DOCS.read_text()
         assert found.reason
 
+    @pytest.mark.parametrize(
+        ("changes", "verdict"),
+        [
+            ({}, "align"),
+            ({"likeness": 0.49}, "do not"),
+            # Of one depth, it is a pair like any other.
+            ({"source_layers": 6, "target_layers": 6}, "do not"),
+        ],
+        ids=str,
+    )
+    def test_other_depth(self, changes, verdict):
+        facts = {"source_layers": 6, "target_layers": 12, "paired": 6, "likeness": 0.8}
+        found = recommend(
+            self.totals(drift=0.6), AlignmentFacts("identity", **{**facts, **changes})
+        )
+        assert found.verdict == verdict
+        assert f"**{verdict}**" in DOCS.read_text()
+
     def test_thresholds_are_those_of_the_docs(self):
         from lorax_transfer import recommend as rules
 
         text = DOCS.read_text().split("### `recommendation`")[1]
-        for value in (rules.MIN_EXCESS, rules.MIN_KEPT, rules.MIN_SIMILARITY, rules.MAX_DRIFT):
+        for value in (
+            rules.MIN_EXCESS,
+            rules.MIN_KEPT,
+            rules.MIN_SIMILARITY,
+            rules.MAX_DRIFT,
+            rules.MIN_LIKENESS,
+        ):
             assert f"{value:g}" in text
 
 
