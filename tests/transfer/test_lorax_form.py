@@ -223,6 +223,13 @@ def test_broken_configurations_are_refused(tmp_path: Path, change: dict, message
         read_lorax(_break(tmp_path, change))
 
 
+def test_unknown_options_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="unexpected keyword argument 'twist'"):
+        LoraXConfig.from_pretrained(str(_break(tmp_path, {"twist": 1})))
+    with pytest.raises(AdapterError, match="no LoRA-X adapter"):
+        LoraXConfig.from_pretrained(str(_break(tmp_path, {"peft_type": "LORA"})))
+
+
 @pytest.mark.parametrize("part", ["weight", "probe", "digest"])
 def test_missing_tensors_are_refused(tmp_path: Path, part: str) -> None:
     lorax_makers.saved("convnet", tmp_path)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of a LoRA-X adapter, as a PEFT configuration."""
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import LoraConfig
@@ -27,19 +29,11 @@ _KEPT = (
     "target_modules",
     "task_type",
 )
+# The name of an initialisation: a layer of an ordinary LoRA refuses it.
+_INIT = PEFT_TYPE.lower()
 _OWN = ("core", "energy", "bandwidth", "scale", "sigma_power")
-# Options of LoraConfig under which `U C V^T` would not be what the layer adds.
-_REFUSED = (
-    "use_dora",
-    "use_rslora",
-    "lora_bias",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
-)
+# For these tasks PEFT trains and saves a new head beside the adapter.
+_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 @dataclass
@@ -87,8 +81,7 @@ class LoraXConfig(LoraConfig):
 
         self._check()
         self.lora_alpha = self.scale * self.r
-        # An ordinary LoRA layer that is handed this configuration refuses the unknown name.
-        self.init_lora_weights = PEFT_TYPE.lower()  # type: ignore[assignment]
+        self.init_lora_weights = _INIT  # type: ignore[assignment]
         super().__post_init__()
         layers: dict[type[nn.Module], type[nn.Module]] = {
             nn.Linear: LoraXLinear,
@@ -96,29 +89,51 @@ class LoraXConfig(LoraConfig):
             nn.Conv2d: LoraXConv2d,
         }
         self._register_custom_module(layers)
-        # Bases wait for `fill_bases`, which computes those of all layers at once.
+        # Set while `add_lorax_adapter` is to compute the bases of all layers at once.
         self.waits_for_bases = False
 
     def _check(self) -> None:
         if self.core not in CORES:
-            raise AdapterError(f"core is {self.core!r}, expected one of {', '.join(CORES)}")
+            raise AdapterError(f"core is {self.core!r}, expected one of {', '.join(CORES)}.")
         if self.r < 1:
-            raise AdapterError(f"r is {self.r}, expected at least 1")
+            raise AdapterError(f"r is {self.r}, expected at least 1.")
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise AdapterError(f"energy is {self.energy}, expected a share in (0, 1]")
+            raise AdapterError(f"energy is {self.energy}, expected a share in (0, 1].")
         if (self.core == "banded") != (self.bandwidth > 0):
             raise AdapterError(
                 f"bandwidth is {self.bandwidth} with a {self.core} core, expected 1 or more with a "
-                "banded core and 0 with any other"
+                "banded core and 0 with any other."
+            )
+        if self.scale == 0 or not math.isfinite(self.scale) or not self.sigma_power >= 0:
+            raise AdapterError(
+                f"scale is {self.scale} and sigma_power {self.sigma_power}, expected a finite "
+                "number that is not 0, and 0 or more."
             )
         if self.lora_alpha not in (None, self.scale * self.r):
-            raise AdapterError(f"lora_alpha is {self.lora_alpha}, expected None; set scale instead")
-        found = [name for name in _REFUSED if getattr(self, name)]
-        if found or self.bias != "none":
+            raise AdapterError(f"lora_alpha is {self.lora_alpha}, expected None; set scale.")
+        if self.task_type in _WITH_HEADS:
             raise AdapterError(
-                f"{', '.join(found) or 'bias'} is an option of an ordinary LoRA that a LoRA-X "
-                "adapter cannot carry; leave it out"
+                f"task_type is {self.task_type}, with which PEFT trains a head that belongs to no "
+                "core; leave task_type out and train the head by itself."
             )
+        found = sorted(self._foreign())
+        if found:
+            raise AdapterError(
+                f"{', '.join(found)} is an option of an ordinary LoRA that a LoRA-X adapter cannot "
+                "carry; leave it out."
+            )
+
+    def _foreign(self) -> Iterator[str]:
+        """Names of the options that were set and mean nothing here."""
+        known = {*_KEPT, *_OWN, "peft_type", "lora_alpha", "runtime_config"}
+        for option in fields(self):
+            if option.name in known:
+                continue
+            make = option.default_factory
+            default = make() if callable(make) else option.default
+            value = getattr(self, option.name)
+            if value != default and (option.name, value) != ("init_lora_weights", _INIT):
+                yield option.name
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the native form's ``adapter_config.json``."""
@@ -137,10 +152,13 @@ class LoraXConfig(LoraConfig):
         """
         kind, version = kwargs.pop("peft_type", None), kwargs.pop("format_version", None)
         if kind != PEFT_TYPE:
-            raise AdapterError(f"peft_type is {kind!r}, expected {PEFT_TYPE!r}: no LoRA-X adapter")
+            raise AdapterError(f"peft_type is {kind!r}, expected {PEFT_TYPE!r}: no LoRA-X adapter.")
         if version != FORMAT_VERSION:
             raise AdapterError(
                 f"format_version is {version!r}, expected {FORMAT_VERSION}; load the adapter with "
-                "the version of lorax-transfer that wrote it"
+                "the version of lorax-transfer that wrote it."
             )
-        return cls(**kwargs)
+        try:
+            return cls(**kwargs)
+        except TypeError as error:
+            raise AdapterError(f"it is no configuration of a LoRA-X adapter: {error}.") from error
