@@ -126,7 +126,9 @@ def contract(
         if outside > _MAX_OUTSIDE * whole:
             return module
         weight = target.read(names[module])
-        layers[module] = NativeLayer(module, core.float(), probe(svd.U).cpu(), digest(weight))
+        # Its path in the target, which differs where models of another depth are aligned.
+        path = layer.module
+        layers[path] = NativeLayer(path, core.float(), probe(svd.U).cpu(), digest(weight))
     config = {
         **native.config,
         "core": "full",
