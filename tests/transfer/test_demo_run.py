@@ -75,25 +75,27 @@ def test_every_row_scores_what_it_says(packages: Path, tmp_path: Path) -> None:
         (SOURCE.name, "trained on this model", own),
         (TARGET.name, "no adapter", None),
         (TARGET.name, "copy", output / "copy"),
+        (TARGET.name, "anchor", output / "anchor"),
+        (TARGET.name, "restore", output / "restore"),
         (TARGET.name, "lorax, rank 4", output / "lorax-4"),
         (TARGET.name, "lorax, rank 8", output / "lorax-8"),
         (TARGET.name, "prolora, rank 4", output / "prolora-4"),
         (TARGET.name, "prolora, rank 8", output / "prolora-8"),
         (TARGET.name, "trained on this model", trained),
     ]
-    assert [call[:3] for call in calls] == [(own, source, target)] * 5
+    assert [call[:3] for call in calls] == [(own, source, target)] * 7
     common = {"overwrite": False}
     assert calls[0][3] == {"output": output / "copy", "method": "copy", "rank": None, **common}
-    assert calls[2][3] == {"output": output / "lorax-8", "method": "lorax", "rank": 8, **common}
-    models = [source, source, *[target] * 7]
-    adapters = [None, own, None, *[own] * 5, trained]
+    assert calls[4][3] == {"output": output / "lorax-8", "method": "lorax", "rank": 8, **common}
+    models = [source, source, *[target] * 9]
+    adapters = [None, own, None, *[own] * 7, trained]
     for row, model, adapter in zip(rows, models, adapters, strict=True):
         assert row.scores == score_encoder(load_encoder(model, adapter), PAIRS), row.label
 
     saved = json.loads((output / run.SCORES_FILE).read_text())
     assert [row["scores"] for row in saved] == [vars(row.scores) for row in rows]
     assert sorted(path.name for path in output.iterdir()) == sorted(
-        ["copy", "lorax-4", "lorax-8", "prolora-4", "prolora-8", run.SCORES_FILE]
+        [*run.UNCUT, "lorax-4", "lorax-8", "prolora-4", "prolora-8", run.SCORES_FILE]
     )
 
 

@@ -27,6 +27,8 @@ SCORES_FILE = "scores.json"
 # A narrow and a wide cut of matrices whose smaller side is 384; 320 is the rank LoRA-X was
 # published with.
 RANKS = (64, 320)
+# Methods that no rank of a basis cuts.
+UNCUT = ("copy", "anchor", "restore")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class DemoRow:
     Attributes:
         model: Name of the model that was run.
         adapter: What was loaded on it: "none", "own" (trained on this model) or "transferred".
-        method: How the adapter was transferred: "copy", "lorax", "prolora"; None if it was not.
+        method: How the adapter was transferred, "copy" for instance; None if it was not.
         rank: Singular directions kept per layer; None where the method keeps none.
         scores: What was measured.
         transfer_seconds: Wall time of the transfer alone; 0 without one.
@@ -69,12 +71,12 @@ def run_demo(
     transfer: Callable[..., Any] | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> list[DemoRow]:
-    """Transfer the demo's adapter by direct copy and by each method and rank, and score the lot.
+    """Transfer the demo's adapter by every method and rank, and score the lot.
 
     Args:
         output_dir: Where the transferred adapters (a folder each) and scores.json appear.
         ranks: Ranks to run each of `methods` at, each from 1 to 384.
-        methods: Methods that cut at a rank; direct copy always runs beside them.
+        methods: Methods that cut at a rank; those of `UNCUT` always run beside them.
         pairs: Sentence pairs to score on; by default those that ship with the demo.
         overwrite: Replace what an earlier run left in `output_dir`.
         transfer: Called as `transfer(adapter, source, target, output=..., method=..., rank=...,
@@ -92,12 +94,12 @@ def run_demo(
     Example:
         >>> rows = run_demo("demo-output", ranks=[64])  # doctest: +SKIP
         >>> [row.label for row in rows[2:]]  # doctest: +SKIP
-        ['no adapter', 'copy', 'lorax, rank 64', 'prolora, rank 64', 'trained on this model']
+        ['no adapter', 'copy', 'anchor', 'restore', 'lorax, rank 64', 'prolora, rank 64', ...]
     """
     output_dir = Path(output_dir)
     # The models come first: without them nothing here can run, and this says what to install.
     source, target = model_directory(SOURCE), model_directory(TARGET)
-    jobs: list[tuple[str, int | None]] = [("copy", None)]
+    jobs: list[tuple[str, int | None]] = [(method, None) for method in UNCUT]
     jobs += [(method, rank) for method in methods for rank in ranks]
     outputs = [output_dir / (m if k is None else f"{m}-{k}") for m, k in jobs]
     _check_outputs([*outputs, output_dir / SCORES_FILE], overwrite)
