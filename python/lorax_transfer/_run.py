@@ -115,12 +115,8 @@ class Run:
             self._tell("layers", done, count)
 
         self._tell("layers", 0, count)
-        try:
+        with _enough_memory(device):
             return engine.run(self.adapter, self.plan, step)
-        except torch.OutOfMemoryError as error:
-            raise TransferError(
-                f"{device} has too little memory for a layer of this model; use --device cpu."
-            ) from error
 
     def _basis_maker(self) -> tuple[torch.device, BasisMaker]:
         device = pick_device(self.settings.device)
@@ -150,7 +146,8 @@ class Run:
             self._tell("bases", done, count)
 
         self._tell("bases", 0, count)
-        return expand(native, self.source, bases, device, step)
+        with _enough_memory(device):
+            return expand(native, self.source, bases, device, step)
 
     def contracted(self, results: dict[str, Result]) -> NativeAdapter | None:
         """What is to be written as cores; None where it is to be written as factors."""
@@ -297,6 +294,16 @@ class Run:
     def _tell(self, stage: str, done: int, count: int) -> None:
         if self.progress is not None:
             self.progress(stage, done, count)
+
+
+@contextmanager
+def _enough_memory(device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TransferError(
+            f"{device} has too little memory for a layer of this model; use --device cpu."
+        ) from error
 
 
 def _model(checkpoint: Checkpoint, content_hash: str | None, rule: str) -> Model:

@@ -202,3 +202,16 @@ def test_the_wrong_source_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MatchError, match="not the weight that the core of"):
         lorax_transfer.transfer(*places)
     assert bed.kind == "llama"
+
+
+def test_a_device_that_is_too_small_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bed = Bed(tmp_path, "convnet")
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("lorax_transfer._run.expand", full)
+    with pytest.raises(TransferError, match="too little memory"):
+        bed.transfer()
