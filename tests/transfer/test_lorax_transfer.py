@@ -197,11 +197,10 @@ def test_cores_of_an_ordinary_lora_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_wrong_source_is_refused(tmp_path: Path) -> None:
-    bed = Bed(tmp_path, "llama")
+    Bed(tmp_path, "llama")
     places = [tmp_path / name for name in ("adapter", "target", "source", "out")]
     with pytest.raises(MatchError, match="not the weight that the core of"):
         lorax_transfer.transfer(*places)
-    assert bed.kind == "llama"
 
 
 def test_a_device_that_is_too_small_is_an_error(
