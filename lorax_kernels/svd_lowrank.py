@@ -5,7 +5,7 @@ import warnings
 
 import torch
 
-from . import ops
+from ._block_powers import block_powers
 from .svd import ConvergenceWarning, truncated_svd
 
 # As far as float32 factors can tell: the passes end the iteration, not the tolerance.
@@ -26,10 +26,11 @@ def svd_lowrank(
 
     Takes and returns what `torch.svd_lowrank` does. Its cost is set by `niter` and not by a
     tolerance: `truncated_svd` is the call that promises an error. `torch.svd_lowrank` multiplies a
-    block of `q` columns `2 niter + 2` times and keeps all of them; this one makes `2 niter + 6`
-    products with a block of about `1.5 q` columns, spends them on a Chebyshev filter instead of
-    powers, and keeps the best `q`. A pass reads the whole matrix, so that the extra columns cost
-    little, and the error on slowly decaying spectra falls several times.
+    block of `q` columns `2 niter + 2` times and keeps all of them. A pass reads the whole matrix,
+    so that more columns cost little: on a GPU this function makes the same products with at least
+    16 columns more, and keeps the best `q`; on a CPU it makes `2 niter + 6` products with a block
+    of about `1.5 q` columns and spends them on a Chebyshev filter instead of powers. The error on
+    slowly decaying spectra falls several times.
 
     Args:
         A: `(..., m, n)`; float32, bfloat16 or float16. Unchanged. What the filter does not cover
@@ -82,25 +83,22 @@ def svd_lowrank(
     if is_sparse or wants_grad or not is_covered or q == 0 or A.numel() == 0:
         extra = 0 if is_sparse or wants_grad else max(16, q // 2)
         return _range_finder(A, q, extra, niter, M, generator)
-    return _filtered(A, q, niter, M, generator, backend)
+    A = A.detach()
+    if M is not None:
+        A = A.float() - M.detach().float()
+    solve = _filtered if A.device.type == "cpu" else block_powers
+    return solve(A, q, niter, generator, backend)
 
 
 def _filtered(
     A: torch.Tensor,
     q: int,
     niter: int,
-    M: torch.Tensor | None,
     generator: torch.Generator | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Triplets from the filtered subspace iteration of `truncated_svd`."""
-    A = A.detach()
-    if M is not None:
-        A = A.float() - M.detach().float()
     batch, (m, n) = A.shape[:-2], A.shape[-2:]
-    # One matrix in a few passes is bound by latency on a GPU, so the block is kept narrower than a
-    # batch that runs to a tolerance wants it.
-    oversample = None if A.device.type == "cpu" else -(-(q + max(16, q // 2)) // 32) * 32 - q
     with warnings.catch_warnings():
         # Short of float32's last digits is what a fixed number of passes means.
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -108,23 +106,11 @@ def _filtered(
             A if A.dim() == 2 else A.reshape(-1, m, n),
             q,
             tol=_TOL,
-            oversample=oversample,
             max_passes=2 * niter + 6,
             generator=generator,
             backend=backend,
         )
-    U, V = svd.U.reshape(-1, m, q), svd.V.reshape(-1, n, q)
-    if A.device.type != "cpu":
-        U, V = _straightened(U, backend), _straightened(V, backend)
-    return U.view(*batch, m, q), svd.S.view(*batch, q), V.view(*batch, n, q)
-
-
-def _straightened(V: torch.Tensor, backend: str) -> torch.Tensor:
-    """Columns made orthonormal to the last digit by a step of Newton's iteration.
-
-    Batched float32 eigensolvers leave 1e-5, which is more than a converged basis is wrong by.
-    """
-    return V * 1.5 - ops.rotate(V, ops.gram(V, backend=backend), backend=backend) * 0.5
+    return svd.U.view(*batch, m, q), svd.S.view(*batch, q), svd.V.view(*batch, n, q)
 
 
 def _range_finder(
