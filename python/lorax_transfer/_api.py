@@ -10,6 +10,8 @@ import torch
 from ._run import Progress, Run
 from .adapters import Adapter, LoraLayer, write_adapter
 from .adapters.files import write_native
+from .adapters.peft_names import is_target_module
+from .checkpoints import Checkpoint
 from .errors import OutputError, TransferError
 from .preflight import PathLike, check_output
 from .provenance import card, provenance
@@ -155,7 +157,7 @@ def transfer(
             )
             return run.save(done)
         write_adapter(
-            run.adapter.with_layers(_cast(moved, run.adapter, settings.dtype)),
+            _placed(run.adapter, run.target).with_layers(_cast(moved, run.adapter, settings.dtype)),
             Path(output or ""),
             base_model_name_or_path=run.target.location,
             provenance=provenance(done),
@@ -239,6 +241,18 @@ def scan(
     run = Run(settings, drop, False, report, plot, cache, progress, command)
     with run.opened(adapter, source, target):
         return run.save(run.finish(run.measure(), kind="scan"))
+
+
+def _placed(adapter: Adapter, target: Checkpoint) -> Adapter:
+    """The adapter, made to name its modules one by one where its patterns reach further.
+
+    In a deeper target, "q_proj" would stand for layers that the adapter holds nothing for.
+    """
+    patterns = adapter.config.get("target_modules")
+    paths = [name.removesuffix(".weight") for name in target.names() if name.endswith(".weight")]
+    if sum(is_target_module(path, patterns) for path in paths) > len(adapter.targets):
+        return replace(adapter, targets=(*adapter.targets, ""))
+    return adapter
 
 
 def _cast(layers: dict[str, LoraLayer], adapter: Adapter, dtype: str) -> list[LoraLayer]:

@@ -207,6 +207,18 @@ def test_an_adapter_of_some_layers_is_placed_among_all(tmp_path):
     assert relative(*after.values(), *before.values()) < CLOSE
 
 
+def test_a_copy_to_a_deeper_model_names_its_modules(tmp_path):
+    """By its pattern, PEFT would expect factors in the target's third layer as well."""
+    source = deep_llama(2)
+    target = with_layers(source, [0, 1, None])
+    pair = make_pair(tmp_path, lambda: source, target=target, target_modules=["q_proj"])
+    lorax_transfer.transfer(
+        pair.adapter, pair.source, pair.target, tmp_path / "out", method="copy", rank=8
+    )
+    written = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    assert list(updates(target, tmp_path / "out")) == written
+
+
 class TestRefusals:
     def refuse(self, pair, tmp_path, match):
         with pytest.raises(MatchError, match=match):
