@@ -45,6 +45,11 @@ class Examples:
         """The first `count`."""
         return Examples(self.tokens[:count], self.starts[:count])
 
+    def at_most(self, length):
+        """Those of at most `length` tokens."""
+        kept = [i for i, row in enumerate(self.tokens) if len(row) <= length]
+        return Examples([self.tokens[i] for i in kept], self.starts[kept])
+
 
 def _checked(path, sha256):
     content = Path(path).read_bytes()

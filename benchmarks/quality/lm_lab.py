@@ -37,35 +37,64 @@ class Scale:
     drop_layers: int
     width: int
     ffn: int
+    seeds: tuple
+    rates: dict  # (kind, task) -> learning rates to choose from
+    core: int  # rank of a LoRA-X adapter with full cores
+    ranks: tuple  # of the bases that methods project on
+    train_length: dict  # longer examples are left out of training, which pads to this
+    second_task: dict  # kind of adapter -> targets
+    has_shapes: bool
+    skill_rows: int  # windows of text that a model's own skill is scored on
 
 
 FULL = Scale(
-    steps={"enfr": 300, "xsum": 132},
+    steps={"enfr": 240, "xsum": 88},
     batch={"enfr": 64, "xsum": 16},
     targets={"near": 50, "mid": 500, "far": 2000},
     target_rate=5e-5,
     target_batch=16,
-    heal_steps=1000,
+    heal_steps=500,
     heal_rate=3e-4,
     heal_batch=16,
     test=400,
     drop_layers=7,
     width=448,
     ffn=1152,
+    seeds=(0, 1, 2),
+    rates={
+        ("lora", "enfr"): [4e-3, 8e-3],
+        ("lorax", "enfr"): [1e-2, 2e-2, 3e-2],
+        ("lora", "xsum"): [1e-3, 3e-3],
+        ("lorax", "xsum"): [3e-3, 1e-2],
+    },
+    core=152,
+    ranks=(64, 320),
+    train_length={"enfr": 40, "xsum": 256},
+    second_task={"lora": ("mid", "far"), "lorax": ("mid",)},
+    has_shapes=True,
+    skill_rows=64,
 )
 REDUCED = Scale(
-    steps={"enfr": 30, "xsum": 6},
-    batch={"enfr": 16, "xsum": 4},
-    targets={"near": 3, "mid": 12},
-    target_rate=5e-5,
-    target_batch=4,
+    steps={"enfr": 12},
+    batch={"enfr": 8},
+    targets={"mid": 6},
+    target_rate=2e-4,
+    target_batch=2,
     heal_steps=12,
     heal_rate=3e-4,
     heal_batch=4,
-    test=24,
+    test=8,
     drop_layers=7,
     width=448,
     ffn=1152,
+    seeds=(0,),
+    rates={("lora", "enfr"): [4e-3], ("lorax", "enfr"): [1e-2]},
+    core=64,
+    ranks=(64,),
+    train_length={"enfr": 40},
+    second_task={},
+    has_shapes=False,
+    skill_rows=2,
 )
 WINDOW = 128
 
@@ -126,7 +155,10 @@ class Lab:
         key = (task, split)
         if key not in self._examples:
             found = self.corpus.examples(task, split)
-            self._examples[key] = found if split == "train" else found.take(self.scale.test)
+            if split == "train":
+                self._examples[key] = found.at_most(self.scale.train_length[task])
+            else:
+                self._examples[key] = found.take(self.scale.test)
         return self._examples[key]
 
     # Models
@@ -198,7 +230,7 @@ class Lab:
     def _text_losses(self, shape, weights):
         evaluator = Evaluator(shape, weights)
         streams = {name: self.corpus.stream(name, "valid") for name in ("generic", "spanish")}
-        rows = 64 if self.device.type == "cuda" else 4
+        rows = self.scale.skill_rows
         return {n: round(evaluator.text_loss(s, WINDOW, rows), 4) for n, s in streams.items()}
 
     # Training
@@ -223,7 +255,7 @@ class Lab:
             {n: w.to(dtype) for n, w in model.weights.items()},
             form,
             self.examples(task, "train"),
-            length=LENGTH[task],
+            length=scale.train_length[task],
             seeds=seeds,
             rates=rates,
             steps=steps or scale.steps[task],
@@ -246,6 +278,12 @@ class Lab:
             self._evaluators[model.shape] = Evaluator(model.shape, model.weights)
         return self._evaluators[model.shape]
 
+    def loss(self, label, task, factors, split="valid"):
+        """Loss on the answers alone, for choosing settings; no row."""
+        evaluator = self.evaluator(label)
+        evaluator.load(self.models[label].weights, factors)
+        return evaluator.answer_loss(self.examples(task, split), LENGTH[task])
+
     def score(self, label, task, factors, *, split="test", generate=True, skill=True, **row):
         """Score a model with an update, and add the row."""
         started = clock()
@@ -255,7 +293,7 @@ class Lab:
         row = {"target": label, "task": task, "split": split, **row}
         row["nll"] = evaluator.answer_loss(examples, LENGTH[task])
         if skill:
-            rows = 64 if self.device.type == "cuda" else 4
+            rows = self.scale.skill_rows
             for name in ("spanish", "generic"):
                 stream = self.corpus.stream(name, "valid")
                 row[f"{name}_nll"] = evaluator.text_loss(stream, WINDOW, rows)

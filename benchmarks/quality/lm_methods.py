@@ -9,6 +9,11 @@ import torch
 
 import lorax_kernels as lk
 
+from .lm_model import EMBEDDING, drift
+
+# Relative drift up to which all of it is taken back by `restore_by_drift`.
+DRIFT_RESTORED = 0.008
+
 
 @dataclass
 class Model:
@@ -91,10 +96,11 @@ def index_copy(pair, adapter, *, rank):
     return out
 
 
-def anchor(pair, adapter, *, sides, strength=1.0):
+def anchor(pair, adapter, *, sides, strength=1.0, rank=None):
     names, B, A = _lists(adapter)
     source, target = ([m.matrix(n) for n in names] for m in (pair.source, pair.target))
-    return _named(names, lk.anchor_lora(B, A, source, target, sides=sides, strength=strength))
+    moved = lk.anchor_lora(B, A, source, target, sides=sides, strength=strength, rank=rank)
+    return _named(names, moved)
 
 
 def restore(pair, adapter, *, directions, strength=1.0):
@@ -102,6 +108,57 @@ def restore(pair, adapter, *, directions, strength=1.0):
     source, target = ([m.matrix(n) for n in names] for m in (pair.source, pair.target))
     moved = lk.restore_lora(B, A, source, target, directions=directions, strength=strength)
     return _named(names, moved)
+
+
+def share_by_drift(pair):
+    """How much of the drift to take back: all of a small one, ever less of a larger one."""
+    change = drift(pair.source.weights, pair.target.weights, pair.source.shape.module_names())
+    return min(1.0, (DRIFT_RESTORED / max(change, 1e-12)) ** 2)
+
+
+def restore_by_drift(pair, adapter, *, directions):
+    return restore(pair, adapter, directions=directions, strength=share_by_drift(pair))
+
+
+def anchor_and_restore(pair, adapter, *, directions):
+    """Anchor both sides, then take back a share of the drift that is left, by its size."""
+    moved = anchor(pair, adapter, sides="both", rank=2 * _rank(adapter))
+    names, B, A = _lists(adapter)
+    B_new, A_new = (list(x) for x in zip(*(moved[n] for n in names), strict=True))
+    source = [pair.source.matrix(n) for n in names]
+    left = [
+        pair.target.matrix(n) + b @ a - old_b @ old_a
+        for n, b, a, old_b, old_a in zip(names, B_new, A_new, B, A, strict=True)
+    ]
+    strength = share_by_drift(pair)
+    again = lk.restore_lora(B_new, A_new, source, left, directions=directions, strength=strength)
+    return _named(names, again)
+
+
+def _rank(adapter):
+    return next(iter(adapter.factors.values()))[0].shape[1]
+
+
+def restore_embeddings(pair, adapter, *, directions, strength=1.0):
+    """`restore`, and the same for the embeddings, which are the output matrix as well."""
+    moved = restore(pair, adapter, directions=directions, strength=strength)
+    D = pair.target.weights[EMBEDDING] - pair.source.weights[EMBEDDING]
+    squares = D.double().mT @ D.double()
+    V = torch.linalg.eigh(squares).eigenvectors[:, -directions:].to(D.dtype)
+    moved[EMBEDDING.removesuffix(".weight")] = (-strength * D @ V, V.mT)
+    return moved
+
+
+def old_embeddings(pair, adapter, *, is_undone=False):
+    """The source's embeddings in place of the target's, with the update copied.
+
+    With `is_undone` the drift of the layers is taken back as well: all but the norms' weights is
+    then the source's.
+    """
+    moved = undo(pair, adapter) if is_undone else copy(pair, adapter)
+    D = pair.source.weights[EMBEDDING] - pair.target.weights[EMBEDDING]
+    moved[EMBEDDING.removesuffix(".weight")] = (D, torch.eye(D.shape[1], device=D.device))
+    return moved
 
 
 def undo(pair, adapter):
@@ -140,51 +197,39 @@ def sweeps():
     return methods
 
 
-def match_depth(source, target):
-    """For every target layer the source layer most like it, monotone: a list of indices.
-
-    Likeness of two layers is the mean cosine of their weights; the path that maximises its sum is
-    found by dynamic programming. Models of one width only.
-    """
-    parts = [n.split(".", 3)[3] for n in source.shape.module_names()[:7]]
-
-    def rows(model):
-        return torch.stack(
-            [
-                torch.cat(
-                    [
-                        torch.nn.functional.normalize(
-                            model.matrix(f"model.layers.{i}.{p}").reshape(-1), dim=0
-                        )
-                        for p in parts
-                    ]
-                )
-                for i in range(model.shape.layers)
-            ]
-        )
-
-    like = (rows(target) @ rows(source).T / len(parts)).tolist()
-    best = [list(like[0])]
-    for j in range(1, len(like)):
-        row, reach = [], float("-inf")
-        for i, value in enumerate(like[j]):
-            reach = max(reach, best[-1][i])
-            row.append(value + reach)
-        best.append(row)
-    path, limit = [], len(like[0])
-    for row in reversed(best):
-        i = max(range(limit), key=lambda i: row[i])
-        path.append(i)
-        limit = i + 1
-    return path[::-1]
+def measured(kind, ranks):
+    """Name -> method, as the measurement compares them."""
+    last = ranks[-1]
+    methods = {"copy": copy}
+    if kind == "lorax":
+        methods["lorax core"] = cores
+        methods |= {"transport k=64": partial(subspace, method="transport", rank=64)}
+        methods["anchor output"] = partial(anchor, sides="output")
+    else:
+        methods["copy x1.2"] = partial(copy, scale=1.2)
+        for rank in ranks:
+            for method in ("lorax", "prolora"):
+                methods[f"{method} k={rank}"] = partial(subspace, method=method, rank=rank)
+        methods["transport k=64"] = partial(subspace, method="transport", rank=64)
+        methods[f"index copy k={last}"] = partial(index_copy, rank=last)
+        methods["anchor output"] = partial(anchor, sides="output")
+        methods["anchor both"] = partial(anchor, sides="both")
+    methods["restore q=16"] = partial(restore, directions=16)
+    methods["restore q=16 w=0.5"] = partial(restore, directions=16, strength=0.5)
+    methods["restore q=16 by drift"] = partial(restore_by_drift, directions=16)
+    if kind == "lora":
+        methods["anchor + restore by drift"] = partial(anchor_and_restore, directions=16)
+    methods["restore q=16 with embeddings"] = partial(restore_embeddings, directions=16)
+    methods["undo all"] = undo
+    methods["source's embeddings"] = old_embeddings
+    methods["undo all, source's embeddings"] = partial(old_embeddings, is_undone=True)
+    return methods
 
 
-def by_depth(pair, adapter, *, scale=1.0):
-    """Copy each layer's update to the target layers that match it."""
-    out = {}
-    for j, i in enumerate(match_depth(pair.source, pair.target)):
-        for name, (B, A) in adapter.factors.items():
-            head = f"model.layers.{i}."
-            if name.startswith(head):
-                out[f"model.layers.{j}.{name.removeprefix(head)}"] = (scale * B, A)
-    return out
+def few(kind, ranks):
+    """The methods that the second task compares."""
+    named = ("copy", "lorax core", "lorax", "prolora", "transport", "anchor", "restore q=16")
+    kept = {n: m for n, m in measured(kind, ranks[-1:]).items() if n.startswith(named)}
+    kept.pop("restore q=16 with embeddings")
+    kept.pop("copy x1.2", None)
+    return kept

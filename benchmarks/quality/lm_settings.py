@@ -5,7 +5,8 @@ import traceback
 from contextlib import contextmanager
 from functools import partial
 
-from .lm_methods import by_depth, match_depth, same_shape, sweeps
+from .lm_methods import same_shape, sweeps
+from .lm_shapes import aligned, find_maps
 from .lm_train import clock
 
 RATES = {
@@ -177,9 +178,12 @@ class Search:
                 lab.log(f"  {label} {name}: {_line(row)}")
             if label == "shallow":
                 source, target = lab.models["source"], lab.models[label]
-                lab.log(f"depth matched: {match_depth(source, target)}")
-                self._move("source", label, adapter, "copy by depth", by_depth, "shapes")
-                self._move(label, "source", own, "copy by depth", by_depth, "shapes")
+                maps = find_maps(source, target)
+                lab.log(f"depth matched: {maps.layers}")
+                there = partial(aligned, maps=maps)
+                back = partial(aligned, maps=maps.reversed(source.shape.layers))
+                self._move("source", label, adapter, "aligned", there, "shapes")
+                self._move(label, "source", own, "aligned", back, "shapes")
             lab.flush()
 
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The language measurement's own machinery, on random models of a few thousand numbers."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +13,13 @@ from benchmarks.quality import (
     lm_adapters,
     lm_data,
     lm_eval,
+    lm_lab,
+    lm_measure,
     lm_methods,
     lm_model,
     lm_prune,
+    lm_report,
+    lm_shapes,
     lm_train,
 )
 
@@ -180,7 +187,50 @@ def test_dropped_layers_are_found_again(weights):
     source = lm_methods.Model("source", SHAPE, weights)
     target = lm_methods.Model("shallow", shape, healed)
     assert shape.layers == 2
-    assert lm_methods.match_depth(source, target) == kept
+    maps = lm_shapes.find_maps(source, target)
+    assert maps.layers == kept
+    assert maps.reversed(SHAPE.layers).layers == [
+        kept.index(i) if i in kept else None for i in range(SHAPE.layers)
+    ]
+
+
+def test_a_rotated_model_is_carried_without_loss(weights, examples):
+    """A target that is the source in another stream's coordinates, three channels wider."""
+    g = torch.Generator().manual_seed(0)
+    wider = SHAPE.hidden + 3
+    Q = torch.linalg.qr(torch.randn(wider, SHAPE.hidden, generator=g)).Q
+    gain = torch.full((wider,), (SHAPE.hidden / wider) ** 0.5)
+    writers = ("o_proj.weight", "down_proj.weight")
+    other = {
+        n: Q @ w if n.endswith(writers) else w @ Q.mT for n, w in weights.items() if w.dim() == 2
+    }
+    other |= {n: gain.clone() for n, w in weights.items() if w.dim() == 1}
+    source = lm_methods.Model("source", SHAPE, weights)
+    target = lm_methods.Model("narrow", dataclasses.replace(SHAPE, hidden=wider), other)
+    adapter = train(weights, make("lora", weights), examples, [0], [2e-2])[0][0]
+    maps = lm_shapes.find_maps(source, target)
+    assert maps.layers == list(range(SHAPE.layers))
+    pair = lm_methods.Pair(source, target)
+    moved = lm_shapes.aligned(pair, adapter, maps=maps, sized=False)
+    losses = []
+    for model, factors in ((source, adapter.factors), (target, moved)):
+        evaluator = lm_eval.Evaluator(model.shape, model.weights)
+        losses.append(evaluator.answer_loss(examples, 12))
+        evaluator.load(factors=factors)
+        losses.append(evaluator.answer_loss(examples, 12))
+    # Directions of the square o_proj with singular values below 1e-3 of the largest are not told.
+    assert losses[2:] == pytest.approx(losses[:2], abs=1e-2)
+    assert losses[1] < losses[0] - 0.02
+    again = lm_shapes.aligned(
+        lm_methods.Pair(target, source),
+        lm_adapters.Adapter("lora", moved, {}, 0),
+        maps=maps.reversed(SHAPE.layers),
+        sized=False,
+    )
+    for name in (n for n in NAMES if not n.endswith("o_proj")):
+        torch.testing.assert_close(
+            torch.mm(*again[name]), torch.mm(*adapter.factors[name]), rtol=1e-3, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("kind", ["lora", "lorax"])
@@ -192,9 +242,10 @@ def test_every_method_keeps_shapes_and_copy_is_the_adapter(weights, examples, ki
     pair = lm_methods.Pair(
         lm_methods.Model("source", SHAPE, weights), lm_methods.Model("target", SHAPE, other)
     )
-    for name, move in lm_methods.same_shape(kind, ranks=(8, 16)).items():
+    methods = lm_methods.same_shape(kind, ranks=(8, 16)) | lm_methods.measured(kind, (8, 16))
+    for name, move in methods.items():
         moved = move(pair, adapter)
-        assert moved.keys() == adapter.factors.keys()
+        assert moved.keys() - {"model.embed_tokens"} == adapter.factors.keys()
         for layer, (B, A) in moved.items():
             assert (B @ A).shape == weights[f"{layer}.weight"].shape
             if name == "copy":
@@ -211,3 +262,107 @@ def test_no_test_sentence_is_trained_on():
     assert all(texts[split] for split in ("valid", "test"))
     count = sum(map(len, rows.values()))
     assert count == len({lm_data.normalise_sentence(english) for english, _ in pairs})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, examples):
+    """What `prepare` writes, of made-up words."""
+    tokenizers = pytest.importorskip("tokenizers")
+    path = tmp_path_factory.mktemp("data")
+    words = {f"w{i}": i for i in range(SHAPE.vocab)}
+    model = tokenizers.models.WordLevel(words, unk_token="w0")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.save(str(path / "tokenizer.json"))
+    arrays, references = {}, {}
+    rng = np.random.default_rng(2)
+    for task in lm_data.LENGTH:
+        for split, first, last in (("train", 0, 64), ("valid", 64, 80), ("test", 80, 96)):
+            rows = range(first, last)
+            split_rows = [
+                (examples.tokens[i][: examples.starts[i]], examples.tokens[i][examples.starts[i] :])
+                for i in rows
+            ]
+            arrays |= lm_data._pack(
+                [(p.tolist(), a.tolist(), "") for p, a in split_rows], f"{task}.{split}"
+            )
+            texts = [" ".join(f"w{t}" for t in a[:-1]) for _, a in split_rows]
+            references[f"{task}.{split}"] = texts
+    for name in ("spanish", "generic"):
+        for split, size in (("train", 40_000), ("valid", 300)):
+            arrays[f"{name}.{split}"] = rng.integers(3, SHAPE.vocab, size).astype(np.uint16)
+    np.savez(path / "data.npz", **arrays)
+    (path / "references.json").write_text(json.dumps(references))
+    return path
+
+
+TINY = dataclasses.replace(
+    lm_lab.FULL,
+    steps={"enfr": 30, "xsum": 4},
+    batch={"enfr": 8, "xsum": 4},
+    targets={"near": 2, "mid": 4, "far": 8},
+    target_rate=1e-3,
+    target_batch=2,
+    heal_steps=3,
+    heal_batch=2,
+    test=8,
+    drop_layers=1,
+    width=40,
+    ffn=64,
+    seeds=(0, 1),
+    rates={
+        ("lora", "enfr"): [1e-2, 2e-2],
+        ("lorax", "enfr"): [2e-2],
+        ("lora", "xsum"): [1e-2],
+        ("lorax", "xsum"): [2e-2],
+    },
+    core=8,
+    ranks=(8, 16),
+    train_length={"enfr": 12, "xsum": 12},
+    second_task={"lora": ("mid",), "lorax": ("mid",)},
+    skill_rows=2,
+)
+
+
+def test_measurement_from_training_to_document(folder, tmp_path, weights, capsys):
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("rouge_score")
+    pytest.importorskip("matplotlib")
+    lab = lm_lab.Lab(
+        folder, tmp_path / "out.json", device="cpu", scale=TINY, source=(SHAPE, weights)
+    )
+    lm_measure.Measurement(lab).run()
+    log = capsys.readouterr().out
+    assert "failed" not in log
+    assert "late" not in log
+    lm_report.score(tmp_path / "out.json", lab.corpus.references)
+    result = json.loads((tmp_path / "out.json").read_text())
+    rows = result["rows"]
+    assert all(("bleu" if row["task"] == "enfr" else "rouge_l") in row for row in rows)
+    assert {row["target"] for row in rows} == {"source", "near", "mid", "far", "shallow", "narrow"}
+    # Anything else would be another model than the source in all but the norms' weights.
+    own = lm_report.select(rows, source="source", target="source", task="enfr", adapter="lora")
+    undone = lm_report.select(rows, target="far", method="undo all, source's embeddings")
+    losses = {row["seed"]: row["nll"] for row in undone if row["adapter"] == "lora"}
+    assert losses == pytest.approx({row["seed"]: row["nll"] for row in own}, abs=0.02)
+    found = lm_report.cases(result)
+    assert len(found) == 3 * 2 + 4 + 2
+    far = next(c for c in found if (c.target, c.kind) == ("far", "lora"))
+    lift, gap = far.shares("trained")
+    assert lift == pytest.approx([100, 100])
+    assert gap == []
+    assert far.shares("copy")[0] == pytest.approx(
+        [
+            100
+            * (far.none["nll"] - far.methods["copy"][s]["nll"])
+            / (far.none["nll"] - far.methods["trained"][s]["nll"])
+            for s in TINY.seeds
+        ]
+    )
+    document = tmp_path / "quality.md"
+    document.write_text(f"before\n{lm_report.BEGIN}\n{lm_report.END}\nafter\n")
+    lm_report.report(tmp_path / "out.json", tmp_path, document)
+    text = document.read_text()
+    assert text.startswith("before")
+    assert text.endswith("after\n")
+    assert "### What scan says" in text
+    assert (tmp_path / "quality_language.png").stat().st_size > 10_000

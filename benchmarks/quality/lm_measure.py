@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The measurement itself: adapters of every seed, moved by every method to every target."""
+
+import math
+import statistics
+import traceback
+from contextlib import contextmanager
+from functools import partial
+
+from . import lm_shapes
+from .lm_methods import Pair, few, measured
+from .lm_model import EMBEDDING
+from .lm_scan import embedding_drift, totals
+from .lm_train import clock
+
+KINDS = ("lora", "lorax")
+SMALLER = ("shallow", "narrow")
+
+
+class Measurement:
+    """Source adapters, related targets, targets of another shape, and a second task, in this order.
+
+    Args:
+        lab: the bench; what does not fit its budget is left out, and the log says so.
+    """
+
+    def __init__(self, lab):
+        self._lab, self._scale = lab, lab.scale
+        self._source = {}  # (kind, task) -> adapters by seed
+        self._rate = {}
+
+    def run(self):
+        """Everything."""
+        lab = self._lab
+        with self._part("enfr on the source"):
+            lab.score("source", "enfr", None, method="none")
+            for kind in KINDS:
+                self._train_source(kind, "enfr")
+        with self._part("targets"):
+            lab.drifted()
+            for label in lab.scale.targets:
+                for rank in lab.scale.ranks:
+                    self._bases(label, rank)
+        labels = [label for label in ("mid", "far", "near") if label in lab.models]
+        for label in labels:
+            pair = Pair(lab.models["source"], lab.models[label])
+            lab.facts[label]["embeddings"] = embedding_drift(pair, EMBEDDING)
+            lab.log(f"{label}: {lab.facts[label]}")
+            for kind in KINDS:
+                with self._part(f"{label}, {kind}"):
+                    self._pair(label, kind, "enfr", measured(kind, lab.scale.ranks))
+        if self._scale.has_shapes:
+            with self._part("other shapes", 60):
+                self._shapes()
+        for kind, wanted in self._scale.second_task.items():
+            with self._part(f"xsum, {kind}", 25):
+                if not self._has_row("source", "xsum", "none"):
+                    lab.score("source", "xsum", None, method="none")
+                self._train_source(kind, "xsum")
+                for label in wanted:
+                    with self._part(f"xsum, {label}, {kind}", 12):
+                        self._pair(label, kind, "xsum", few(kind, lab.scale.ranks))
+        lab.close()
+
+    @contextmanager
+    def _part(self, what, reserve=0.0, tidy=True):
+        """Do a part if there is time; log what goes wrong in it, and go on with the next."""
+        lab = self._lab
+        try:
+            if lab.late(reserve):
+                raise TimeoutError("late")
+            yield
+        except TimeoutError:
+            lab.log(f"late: {what} is left out")
+        except Exception:
+            lab.log(f"{what} failed:\n{traceback.format_exc()}")
+        if tidy:
+            lab.flush()
+            lab.tidy()
+
+    def _has_row(self, label, task, method):
+        return any(
+            (row["target"], row["task"], row["method"]) == (label, task, method)
+            for row in self._lab.rows
+        )
+
+    def _bases(self, label, rank):
+        lab = self._lab
+        started = clock()
+        lab.models[label].bases(rank)
+        lab.facts[label].setdefault("bases_ms", {})[rank] = round(1e3 * (clock() - started), 1)
+
+    def _form(self, label, kind):
+        if kind == "lora":
+            return self._lab.form(label, kind)
+        return self._lab.form(label, kind, rank=self._scale.core)
+
+    def _train_source(self, kind, task):
+        """The source's adapters, at the rate that is best for the first seed on other sentences."""
+        lab, scale = self._lab, self._scale
+        rates, seeds = scale.rates[kind, task], list(scale.seeds)
+        if kind == "lorax":
+            self._bases("source", scale.core)
+        form = self._form("source", kind)
+        tried = seeds[:1] * len(rates) if len(rates) > 1 else seeds
+        rate_of = rates if len(rates) > 1 else rates * len(seeds)
+        adapters = lab.train("source", form, task, seeds=tried, rates=rate_of)
+        self._rate[kind, task] = rates[0]
+        if len(rates) > 1:
+            losses = [lab.loss("source", task, adapter.factors) for adapter in adapters]
+            best = min(range(len(rates)), key=lambda i: (math.isnan(losses[i]), losses[i]))
+            chosen = {f"{r:g}": round(x, 4) for r, x in zip(rates, losses, strict=True)}
+            lab.facts.setdefault("rates", {})[f"{kind} {task}"] = chosen
+            lab.log(f"{kind}, {task}: valid nll by rate {chosen}")
+            self._rate[kind, task] = rates[best]
+            adapters = [adapters[best]]
+            if seeds[1:]:
+                again = [rates[best]] * len(seeds[1:])
+                adapters += lab.train("source", form, task, seeds=seeds[1:], rates=again)
+        self._source[kind, task] = dict(zip(seeds, adapters, strict=True))
+        self._rows(
+            "source",
+            "source",
+            kind,
+            task,
+            {"trained": partial(_given, self._source[kind, task])},
+            self._source[kind, task],
+        )
+
+    def _own(self, label, kind, task):
+        """Adapters trained on a target itself: the ceiling."""
+        seeds = list(self._scale.seeds)
+        form = self._form(label, kind)
+        rates = [self._rate[kind, task]] * len(seeds)
+        adapters = self._lab.train(label, form, task, seeds=seeds, rates=rates)
+        return dict(zip(seeds, adapters, strict=True))
+
+    def _none(self, label, task):
+        if not self._has_row(label, task, "none"):
+            row = self._lab.score(label, task, None, method="none")
+            self._lab.log(f"  {label} none: {_line([row])}")
+
+    def _rows(self, source, target, kind, task, methods, adapters):
+        """Every method for every seed, a line of the log a method."""
+        lab = self._lab
+        for name, move in methods.items():
+            with self._part(f"{kind} {source} -> {target} {name}", tidy=False):
+                rows = []
+                for seed, adapter in adapters.items():
+                    one = {name: partial(move, seed=seed) if name == "trained" else move}
+                    rows += lab.transfer(source, target, task, adapter, one, seed=seed)
+                if rows:
+                    took = statistics.median(row["transfer_ms"] for row in rows)
+                    what = f"{task} {kind} {source} -> {target} {name}"
+                    lab.log(f"  {what}: {_line(rows)}, {took:.0f} ms")
+
+    def _pair(self, label, kind, task, methods):
+        lab = self._lab
+        if label not in lab.models or (kind, task) not in self._source:
+            lab.log(f"no {kind} for {task} or no {label}")
+            return
+        self._none(label, task)
+        adapters = self._source[kind, task]
+        if kind == "lorax":
+            self._bases(label, self._scale.core)
+        pair = Pair(lab.models["source"], lab.models[label])
+        scans = {s: totals(pair, a, self._scale.ranks[-1]) for s, a in adapters.items()}
+        lab.facts[label].setdefault("scan", {})[f"{kind} {task}"] = scans
+        own = self._own(label, kind, task)
+        moves = {"trained": partial(_given, own)} | methods
+        self._rows("source", label, kind, task, moves, adapters)
+
+    def _shapes(self):
+        lab = self._lab
+        adapters = self._source["lora", "enfr"]
+        for label in SMALLER:
+            lab.pruned((label,))
+            if label not in lab.models or lab.late(12):
+                lab.log(f"late: {label} is left out")
+                return
+            source, target = lab.models["source"], lab.models[label]
+            started = clock()
+            maps = lm_shapes.find_maps(source, target)
+            lab.facts[label] |= {
+                "maps_ms": round(1e3 * (clock() - started), 1),
+                "matched": maps.layers,
+                "source_layers": source.shape.layers,
+                "likeness": maps.likeness,
+            }
+            lab.log(f"{label}: {lab.facts[label]}")
+            self._none(label, "enfr")
+            own = self._own(label, "lora", "enfr")
+            moves = {"trained": partial(_given, own)} | _between(maps, label)
+            self._rows("source", label, "lora", "enfr", moves, adapters)
+            back = maps.reversed(source.shape.layers)
+            self._rows(label, "source", "lora", "enfr", _between(back, label), own)
+            lab.flush()
+
+
+def _between(maps, label):
+    moves = {
+        "aligned": partial(lm_shapes.aligned, maps=maps),
+        "aligned, not sized": partial(lm_shapes.aligned, maps=maps, sized=False),
+    }
+    if label == "shallow":
+        moves["by share of depth"] = lm_shapes.by_share
+    return moves
+
+
+def _given(adapters, pair, other, *, seed):
+    """An adapter that is there already, called as a method."""
+    del pair, other
+    return adapters[seed].factors
+
+
+def _line(rows):
+    def mean(key):
+        return statistics.mean(row[key] for row in rows)
+
+    spread = f" +- {statistics.stdev(r['nll'] for r in rows):.4f}" if len(rows) > 1 else ""
+    return (
+        f"nll {mean('nll'):.4f}{spread}, spanish {mean('spanish_nll'):.4f}, "
+        f"generic {mean('generic_nll'):.4f}"
+    )

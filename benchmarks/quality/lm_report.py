@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of the answers, tables, a plot, and how often `scan` names the best method."""
+
+import gzip
+import json
+import re
+import statistics
+from dataclasses import fields
+from pathlib import Path
+
+from lorax_transfer.recommend import recommend
+from lorax_transfer.report import AlignmentFacts, Totals
+
+BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
+KINDS = {"lora": "LoRA", "lorax": "LoRA-X"}
+TASKS = {"enfr": ("English to French", "bleu"), "xsum": ("one-sentence summaries", "rouge_l")}
+METRICS = {"bleu": "BLEU", "chrf": "chrF", "rouge_l": "ROUGE-L"}
+# They put parts of the source back that no adapter of linear layers reaches, or look at no weight
+# where one has to: bounds and controls, not methods to choose.
+CONTROLS = (
+    "none",
+    "trained",
+    "copy x1.2",
+    "index copy k=320",
+    "index copy k=64",
+    "undo all",
+    "source's embeddings",
+    "undo all, source's embeddings",
+    "restore q=16 with embeddings",
+    "by share of depth",
+    "aligned, not sized",
+)
+# The setting that `lorax-transfer --method NAME` stands for, the first that was measured.
+SETTINGS = {
+    "copy": ("copy",),
+    "lorax": ("lorax core", "lorax k=320", "lorax k=64"),
+    "prolora": ("prolora k=320", "prolora k=64"),
+    "transport": ("transport k=320", "transport k=64"),
+    "anchor": ("anchor both", "anchor output"),
+    "restore": ("restore q=16",),
+    "aligned": ("aligned",),
+}
+# Losing more than this of its own text's loss, in nats beyond what copying costs, a target has
+# forgotten what it was trained for.
+SKILL_MARGIN = 0.05
+
+
+def _metrics(task, answers, references):
+    if task == "enfr":
+        from sacrebleu.metrics import BLEU, CHRF
+
+        return {
+            "bleu": round(BLEU().corpus_score(answers, [references]).score, 2),
+            "chrf": round(CHRF().corpus_score(answers, [references]).score, 2),
+        }
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scores = [
+        scorer.score(reference, answer)["rougeL"].fmeasure
+        for answer, reference in zip(answers, references, strict=True)
+    ]
+    return {"rouge_l": round(100 * statistics.mean(scores), 2)}
+
+
+def score(path, references):
+    """Add BLEU, chrF and ROUGE-L of the answers beside `path` to its rows, once."""
+    path = Path(path)
+    result = json.loads(path.read_text("utf-8"))
+    beside = path.with_suffix(".answers.jsonl.gz")
+    if not beside.exists():
+        return
+    with gzip.open(beside, "rt", encoding="utf-8") as file:
+        for line in file:
+            found = json.loads(line)
+            # The last rows may be missing where a run was cut.
+            if found["row"] < len(result["rows"]):
+                row = result["rows"][found["row"]]
+                known = references[f"{row['task']}.{row['split']}"]
+                row |= _metrics(row["task"], found["answers"], known[: len(found["answers"])])
+    rows = ",\n".join("  " + json.dumps(row) for row in result.pop("rows"))
+    head = json.dumps(result, indent=1)[:-2]
+    path.write_text(f'{head},\n "rows": [\n{rows}\n ]\n}}\n', "utf-8")
+
+
+def select(rows, **wanted):
+    """Rows that have all of these values."""
+    return [row for row in rows if all(row.get(k) == v for k, v in wanted.items())]
+
+
+def _spread(values, digits):
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+class Case:
+    """One task, kind of adapter, source and target: rows by method."""
+
+    def __init__(self, rows, task, kind, source, target):
+        self.task, self.kind, self.source, self.target = task, kind, source, target
+        own = select(rows, task=task, adapter=kind, source=source, target=target)
+        self.methods = {}
+        for row in own:
+            self.methods.setdefault(row["method"], {})[row["seed"]] = row
+        self.none = select(rows, task=task, target=target, method="none")[0]
+        # On the way back to the source, the ceiling is the source's own adapter.
+        ceiling = select(rows, task=task, adapter=kind, target=target, method="trained")
+        self.trained = {row["seed"]: row for row in ceiling}
+        self.methods.setdefault("trained", self.trained)
+
+    def mean(self, method, key="nll"):
+        """Mean over the seeds."""
+        return statistics.mean(row[key] for row in self.methods[method].values())
+
+    def shares(self, method):
+        """By seed: share of the ceiling's lift kept, and of the gap from copy to it closed."""
+        lift, gap = [], []
+        copy = self.methods.get("copy", {})
+        for seed, row in self.methods[method].items():
+            if seed not in self.trained:
+                continue
+            best, none = self.trained[seed]["nll"], self.none["nll"]
+            lift.append(100 * (none - row["nll"]) / (none - best))
+            if seed in copy and method not in ("copy", "trained"):
+                given = copy[seed]["nll"]
+                gap.append(100 * (given - row["nll"]) / (given - best))
+        return lift, gap
+
+    def candidates(self):
+        """Methods to choose from."""
+        return [m for m in self.methods if m not in CONTROLS]
+
+    def keeps_skill(self, method):
+        """Whether the target's own text costs no more than with the copied adapter."""
+        if "copy" not in self.methods:
+            return True
+        return self.mean(method, "spanish_nll") <= self.mean("copy", "spanish_nll") + SKILL_MARGIN
+
+    def is_level(self, method, best):
+        """Whether two methods differ by no more than their difference does between seeds."""
+        a, b = self.methods[method], self.methods[best]
+        differences = [a[seed]["nll"] - b[seed]["nll"] for seed in a if seed in b]
+        noise = statistics.stdev(differences) if len(differences) > 1 else 0.0
+        return statistics.mean(differences) <= noise
+
+
+def cases(result):
+    """Every case that was measured, without the adapters on their own models."""
+    rows, found = result["rows"], {}
+    for row in rows:
+        if row.get("source") and row["source"] != row["target"]:
+            found[row["task"], row["adapter"], row["source"], row["target"]] = None
+    order = {name: i for i, name in enumerate(("near", "mid", "far", "shallow", "narrow"))}
+    keys = sorted(
+        found,
+        key=lambda k: (k[0], k[2] != "source", order.get(k[3], 9), order.get(k[2], 9), k[1]),
+    )
+    return [Case(rows, *key) for key in keys]
+
+
+def table(case):
+    """One case, best method first, between no adapter and the one trained on the target."""
+    keys = ["bleu", "chrf"] if case.task == "enfr" else ["rouge_l"]
+    moved = sorted((m for m in case.methods if m != "trained"), key=case.mean)
+    names = [METRICS[k] for k in keys]
+    heads = ["method", "NLL", *names, "lift kept, %", "gap closed, %", "own text, NLL", "ms"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for method in ["none", *moved, "trained"]:
+        if method == "none":
+            rows, lift, gap = [case.none], [], []
+        else:
+            rows = list(case.methods[method].values())
+            lift, gap = case.shares(method)
+        times = [r["transfer_ms"] for r in rows if "transfer_ms" in r and method != "trained"]
+        cells = [
+            f"*{method}*" if method in CONTROLS else method,
+            _spread([r["nll"] for r in rows], 3),
+            *(_spread([r[k] for r in rows if k in r], 1) for k in keys),
+            _spread(lift, 0),
+            _spread(gap, 0),
+            _spread([r["spanish_nll"] for r in rows], 2),
+            f"{statistics.median(times):.0f}" if times else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _title(case, facts):
+    about = facts.get(case.target, {})
+    drift = f", drift {100 * about['drift']:.2f} %" if "drift" in about else ""
+    return f"### {TASKS[case.task][0]}: {KINDS[case.kind]}, {case.source} to {case.target}{drift}"
+
+
+def _sources(result):
+    lines = []
+    for task, (title, metric) in TASKS.items():
+        for kind, name in KINDS.items():
+            own = select(result["rows"], task=task, adapter=kind, source="source", target="source")
+            if not own:
+                continue
+            none = select(result["rows"], task=task, target="source", method="none")[0]
+            scores = [r[metric] for r in own if metric in r]
+            lines.append(
+                f"- {name}, {title}: NLL {none['nll']:.3f} without, "
+                f"{_spread([r['nll'] for r in own], 3)} with; {METRICS[metric]} "
+                f"{none.get(metric, float('nan')):.1f} without, {_spread(scores, 1)} with."
+            )
+    return "\n".join(lines)
+
+
+def _totals(facts, case):
+    """What `scan` would read of the case, for the first seed."""
+    empty = dict.fromkeys(f.name for f in fields(Totals))
+    empty |= dict.fromkeys(
+        ("layers", "transferred", "left_out", "excluded", "unvalidated", "above_tolerance"), 0
+    )
+    scans = facts.get(case.target, {}).get("scan", {}).get(f"{case.kind} {case.task}", {})
+    return [Totals(**(empty | scan | {"methods": {}})) for scan in scans.values()]
+
+
+def _alignment(facts, case):
+    other = case.target if case.source == "source" else case.source
+    about = facts.get(other, {})
+    if "matched" not in about:
+        return None
+    counts = len(about["matched"]), about["source_layers"]
+    target, source = counts if case.source == "source" else counts[::-1]
+    paired = sum(i is not None for i in about["matched"])
+    stream = "procrustes" if "hidden" in about else "identity"
+    return AlignmentFacts(stream, source, target, paired, about["likeness"])
+
+
+def verdict(facts, case):
+    """The method that `lorax_transfer.recommend` names, as it was measured; None for "do not"."""
+    alignment = _alignment(facts, case)
+    found = _totals(facts, case)
+    if alignment is not None:
+        narrow = alignment.stream == "procrustes"
+        empty = dict.fromkeys(f.name for f in fields(Totals))
+        empty |= {"layers": 1, "unvalidated": int(narrow), "methods": {}}
+        found = [Totals(**empty)]
+    if not found:
+        return None
+    name = re.search(r"--method (\w+)", recommend(found[0], alignment).reason)
+    wanted = SETTINGS.get(name[1], ()) if name else ()
+    return next((m for m in wanted if m in case.methods), None)
+
+
+def check_scan(result):
+    """A row a case: what `scan` says, what was best, what keeps the target's own skill best."""
+    rows = []
+    for case in cases(result):
+        said = verdict(result["facts"], case)
+        named = case.candidates()
+        best = min(named, key=case.mean)
+        kept = min((m for m in named if case.keeps_skill(m)), key=case.mean)
+        rows.append(
+            {
+                "case": f"{case.task}, {KINDS[case.kind]}, {case.source} to {case.target}",
+                "scan": said,
+                "best": best,
+                "best with skill": kept,
+                "names best": said is not None and case.is_level(said, best),
+                "names best with skill": said is not None and case.is_level(said, kept),
+                "nats behind": None if said is None else case.mean(said) - case.mean(kept),
+            }
+        )
+    return rows
+
+
+def _scan_table(rows):
+    lines = [
+        "| case | scan says | best | best that keeps the target's own text | nats behind |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        behind = "" if row["nats behind"] is None else f"{row['nats behind']:.3f}"
+        cells = [row["case"], row["scan"] or "do not", row["best"], row["best with skill"], behind]
+        lines.append("| " + " | ".join(cells) + " |")
+    count = len(rows)
+    best, kept = (sum(r[k] for r in rows) for k in ("names best", "names best with skill"))
+    lines.append("")
+    lines.append(
+        f"It names the best method, or one level with it, in {best} of {count} cases; the best of "
+        f"those that keep the target's own text in {kept} of {count}."
+    )
+    return "\n".join(lines)
+
+
+def tables(result):
+    """All of it, as markdown."""
+    found = cases(result)
+    parts = [_sources(result)]
+    for case in found:
+        parts += [_title(case, result["facts"]), table(case)]
+    if found:
+        parts += ["### What scan says", _scan_table(check_scan(result))]
+    return "\n\n".join(parts)
+
+
+def plot(result, path):
+    """Loss over drift by method, and loss against the target's own text on one target."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    related = [c for c in cases(result) if c.task == "enfr" and c.source == "source"]
+    related = [c for c in related if "drift" in result["facts"][c.target]]
+    if not related:
+        return
+    figure, axes = pyplot.subplots(2, len(KINDS), figsize=(12, 9))
+    for column, (kind, title) in enumerate(KINDS.items()):
+        mine = [c for c in related if c.kind == kind]
+        if not mine:
+            continue
+        shown = [m for m in mine[-1].methods if m not in CONTROLS or m in ("trained", "undo all")]
+        _over_drift(axes[0, column], mine, shown, result["facts"], title)
+        _against_skill(axes[1, column], mine[-1], shown, title)
+    axes[0, -1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.0))
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _style(method):
+    if method == "trained":
+        return {"color": "black", "linestyle": "--"}
+    return {"linewidth": 2.5 if method == "copy" else 1.2}
+
+
+def _over_drift(axis, mine, shown, facts, title):
+    x = [100 * facts[c.target]["drift"] for c in mine]
+    worst = max(c.mean("copy") for c in mine)
+    for method in shown:
+        kept = [(at, c) for at, c in zip(x, mine, strict=True) if method in c.methods]
+        values = [[r["nll"] for r in c.methods[method].values()] for _, c in kept]
+        mean = [statistics.mean(v) for v in values]
+        error = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
+        at = [a for a, _ in kept]
+        axis.errorbar(at, mean, error, label=method, marker="o", capsize=2, **_style(method))
+    low = min(c.mean("trained") for c in mine)
+    axis.set(title=f"{title}, English to French", xscale="log", ylim=(low - 0.1, worst + 0.8))
+    axis.set(xlabel="relative drift of the target's weights, %", ylabel="NLL of the answers")
+
+
+def _against_skill(axis, case, shown, title):
+    for method in shown:
+        rows = case.methods[method].values()
+        x, y = [r["spanish_nll"] for r in rows], [r["nll"] for r in rows]
+        color = "black" if method == "trained" else None
+        axis.plot(x, y, "o", color=color)
+        axis.annotate(method, (statistics.mean(x), statistics.mean(y)), fontsize=7)
+    axis.set(title=f"{title}, target {case.target}")
+    axis.set(xlabel="NLL of the text that the target was trained on", ylabel="NLL of the answers")
+
+
+def report(path, images, document=None):
+    """Write the plot, and the tables into the document or to standard output."""
+    result = json.loads(Path(path).read_text("utf-8"))
+    plot(result, Path(images) / "quality_language.png")
+    text = tables(result)
+    if document is None:
+        print(text)
+        return
+    content = document.read_text("utf-8")
+    if BEGIN not in content or END not in content:
+        raise SystemExit(f"{document} needs the lines {BEGIN} and {END}; put them in.")
+    before, after = content.split(BEGIN)[0], content.split(END)[1]
+    document.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", "utf-8")
