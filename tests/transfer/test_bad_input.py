@@ -170,7 +170,7 @@ CASES = {
         a_target_with_fewer_layers,
         {},
         MatchError,
-        ["model.layers.1.self_attn.q_proj", "--exclude"],
+        ["model.layers.1.self_attn.q_proj", "--exclude", "--method aligned"],
     ),
     "pickled-adapter": (a_pickle_for_the_adapter, {}, AdapterError, ["pickle", FACTORS]),
     "pickled-target": (a_bare_pickle_for_the_target, {}, CheckpointError, ["pickle", WEIGHTS]),

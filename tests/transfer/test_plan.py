@@ -137,6 +137,9 @@ class TestRefusals:
             {"exclude": "*"},
             {"dtype": "int8"},
             {"backend": "metal"},
+            {"strength": 1.1},
+            {"strength": math.nan},
+            {"directions": 0},
         ],
         ids=lambda bad: "-".join(f"{key}={value}" for key, value in bad.items()),
     )

@@ -22,7 +22,7 @@ from pairs import (
     write_gguf,
 )
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lorax_transfer
 from lorax_transfer.adapters import read_adapter
@@ -105,6 +105,23 @@ def test_report_says_what_happened_to_the_update(tmp_path):
         drift = float((weights[1] - weights[0]).norm() / weights[0].norm())
         assert layer.drift == pytest.approx(drift, rel=1e-6)
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("method", ["anchor", "restore"])
+def test_an_update_of_zero_stays_so(tmp_path, method):
+    """There is nothing that drift could stand in the way of, so none of it is undone."""
+    pair = make_pair(tmp_path, llama, target_modules=["q_proj"])
+    factors = load_file(pair.adapter / "adapter_model.safetensors")
+    name = next(key for key in factors if "layers.1" in key and "lora_B" in key)
+    factors[name] = torch.zeros_like(factors[name])
+    save_file(factors, pair.adapter / "adapter_model.safetensors")
+    report = lorax_transfer.transfer(
+        pair.adapter, pair.source, pair.target, tmp_path / "out", method=method, rank=8
+    )
+    moved = updates(pair.target_model, tmp_path / "out")
+    assert float(moved["model.layers.0.self_attn.q_proj"].norm()) > 0
+    assert float(moved["model.layers.1.self_attn.q_proj"].norm()) == 0
+    assert "the update is zero" in report.layers[1].reason
 
 
 def test_full_rank_on_the_same_model_is_the_identity(tmp_path):
