@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every method on real published relatives: a fine-tune of MiniLM, and a model of twice its depth.
+"""Every method on real published relatives: a fine-tune of MiniLM, or a model of twice its depth.
 
+    python benchmarks/transfer/encoders.py --output benchmarks/results/methods_finetune_cpu.json
     python benchmarks/transfer/encoders.py --deeper gte-small \
-        --output benchmarks/results/methods_encoders_cpu.json
+        --output benchmarks/results/methods_deeper_cpu.json
 
 The adapter and its task are the demo's: find the French translation of an English sentence. The
 fine-tune's own skill is sampled as well, on 40 pairs of a term and its meaning from the domain it
 was trained on: what a method undoes of the target's training shows there. `--deeper` is a directory
 with gte-small (huggingface.co/thenlper/gte-small), whose layers 0, 2, ..., 10 and MiniLM's six come
-from one ancestor; without it that part is left out.
+from one ancestor. Rows are saved as they come.
 """
 
 import argparse
@@ -120,7 +121,6 @@ def row(model, directory, adapter, label, pairs, **more):
 
 def transferred(model, directory, jobs, pairs):
     """A row for each method that moves the adapter from the source to `directory`."""
-    rows = []
     source, adapter = model_directory(SOURCE), adapter_directory(SOURCE)
     for method, options in jobs:
         with tempfile.TemporaryDirectory() as folder:
@@ -133,8 +133,20 @@ def transferred(model, directory, jobs, pairs):
             outcome = report.totals.methods[method]
             label = " ".join([method, *(f"{k}={v}" for k, v in options.items())])
             more = {"rank": outcome.rank, "drift_undone": outcome.drift_undone}
-            rows.append(row(model, directory, output, label, pairs, **more, seconds=seconds))
-    return rows
+            yield row(model, directory, output, label, pairs, **more, seconds=seconds)
+
+
+def measured(deeper, pairs):
+    source, target = model_directory(SOURCE), model_directory(TARGET)
+    if deeper is not None:
+        yield row("deeper", deeper, None, "none", pairs)
+        yield from transferred("deeper", deeper, DEEPER_JOBS, pairs)
+        return
+    yield row("source", source, None, "none", pairs)
+    yield row("source", source, adapter_directory(SOURCE), "trained on it", pairs)
+    yield row("fine-tune", target, None, "none", pairs)
+    yield row("fine-tune", target, adapter_directory(TARGET), "trained on it", pairs)
+    yield from transferred("fine-tune", target, JOBS, pairs)
 
 
 def main():
@@ -142,19 +154,10 @@ def main():
     parser.add_argument("--output", default="methods_encoders.json")
     parser.add_argument("--deeper", type=Path, default=None)
     arguments = parser.parse_args()
-    pairs = evaluation_pairs()
-    source, target = model_directory(SOURCE), model_directory(TARGET)
-    rows = [
-        row("source", source, None, "none", pairs),
-        row("source", source, adapter_directory(SOURCE), "trained on it", pairs),
-        row("fine-tune", target, None, "none", pairs),
-        *transferred("fine-tune", target, JOBS, pairs),
-        row("fine-tune", target, adapter_directory(TARGET), "trained on it", pairs),
-    ]
-    if arguments.deeper is not None:
-        rows.append(row("deeper", arguments.deeper, None, "none", pairs))
-        rows += transferred("deeper", arguments.deeper, DEEPER_JOBS, pairs)
-    save(arguments.output, rows)
+    rows = []
+    for found in measured(arguments.deeper, evaluation_pairs()):
+        rows.append(found)
+        save(arguments.output, rows)
 
 
 if __name__ == "__main__":
