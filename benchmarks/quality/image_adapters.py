@@ -100,7 +100,7 @@ def merge(weights: Weights, factors: Factors, dtype: torch.dtype) -> dict[str, t
     for name, value in weights.items():
         pair = factors.get(name.removesuffix(".weight"))
         if pair is not None and name.endswith(".weight"):
-            value = value + (pair[0] @ pair[1]).view(value.shape)  # in the layout of the weight
+            value = value + (pair[0] @ pair[1]).view(value.shape)
         merged[name] = value.to(dtype)
     return merged
 
@@ -142,11 +142,6 @@ class Trainable:
         # What is frozen is cast once.
         self.frozen = {k: v.to(dtype) for k, v in base.weights.items() if k not in adapted}
         self.stacks = [torch.stack([base.matrices[n] for n in names]) for names in self.groups]
-        first = base.weights[f"{self.groups[0][0]}.weight"]
-        kernels = [base.weights[name] for name in adapted if base.weights[name].dim() == 4]
-        wide = [w for w in kernels if w.shape[-1] > 1]
-        is_last = bool(wide) and wide[0].is_contiguous(memory_format=torch.channels_last)
-        self.format = torch.channels_last if is_last else torch.contiguous_format
         generator = torch.Generator().manual_seed(seed)
         self.parameters: dict[str, torch.Tensor] = {}
         self.bases: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -157,7 +152,7 @@ class Trainable:
             if kind == "lora":
                 A = torch.empty(count, rank, inputs)
                 A.uniform_(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs), generator=generator)
-                self.parameters[f"{i}.A"] = A.to(first.device)
+                self.parameters[f"{i}.A"] = A.to(W.device)
                 self.parameters[f"{i}.B"] = W.new_zeros(count, out, rank)
             else:
                 U = torch.stack([svds[name].U for name in names])
@@ -178,10 +173,7 @@ class Trainable:
         for names, W, (B, A) in zip(self.groups, self.stacks, pairs, strict=True):
             moved = torch.baddbmm(W, B, A).to(self.dtype)
             for name, matrix in zip(names, moved.unbind(), strict=True):
-                value = matrix.view(self.shapes[name])
-                if value.dim() == 4:
-                    value = value.contiguous(memory_format=self.format)
-                weights[f"{name}.weight"] = value
+                weights[f"{name}.weight"] = matrix.view(self.shapes[name])
         return weights
 
     def adapter(self, parameters: Weights) -> Adapter:
@@ -206,6 +198,30 @@ def lorax_bases(base: Checkpoint, rank: int) -> list[lk.SVD]:
 def lorax_factors(cores: Weights, bases: Mapping[str, lk.SVD]) -> Factors:
     """`U C` and `V^T` of every layer."""
     return {name: (svd.U @ cores[name], svd.V.mT) for name, svd in bases.items()}
+
+
+def stored(adapter: Adapter, name: str) -> dict[str, torch.Tensor]:
+    """What has to be kept of an adapter, by names under this one: factors, or cores alone."""
+    tensors = {}
+    for layer, (B, A) in adapter.factors.items():
+        if adapter.cores is None:
+            tensors |= {f"{name}.{layer}.B": B, f"{name}.{layer}.A": A}
+        else:
+            tensors[f"{name}.{layer}.C"] = adapter.cores[layer]
+    return {key: value.contiguous() for key, value in tensors.items()}
+
+
+def restored(tensors: Weights, name: str, base: Checkpoint, rank: int) -> Adapter:
+    """The adapter that was stored under a name, on its base; `rank` is that of the LoRA."""
+    if f"{name}.{next(iter(base.layers))}.C" not in tensors:
+        factors = {
+            layer: (tensors[f"{name}.{layer}.B"], tensors[f"{name}.{layer}.A"])
+            for layer in base.layers
+        }
+        return Adapter("lora", factors)
+    cores = {layer: tensors[f"{name}.{layer}.C"] for layer in base.layers}
+    bases = dict(zip(base.layers, lorax_bases(base, rank), strict=True))
+    return Adapter("lorax", lorax_factors(cores, bases), cores)
 
 
 def save_peft(

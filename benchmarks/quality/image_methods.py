@@ -67,7 +67,7 @@ def _anchored(sides: str, strength: float) -> Callable[[Move], Factors]:
     return run
 
 
-def _restored(directions: int) -> Callable[[Move], Factors]:
+def _restored(directions: int, strength: float) -> Callable[[Move], Factors]:
     """Copy, with the largest directions of the target's own training taken back."""
 
     def run(move: Move) -> Factors:
@@ -75,37 +75,40 @@ def _restored(directions: int) -> Callable[[Move], Factors]:
         names = list(move.adapter.factors)
         source, target = move.source.matrices, move.target.matrices
         pair = [source[n] for n in names], [target[n] for n in names]
-        B, A = lk.restore_lora(B, A, *pair, directions=directions)
+        B, A = lk.restore_lora(B, A, *pair, directions=directions, strength=strength)
         return dict(zip(names, zip(B, A, strict=True), strict=True))
 
     return run
 
 
+def _undone(move: Move) -> Factors:
+    """The source's layers with the adapter: all of the drift of the adapted layers taken back."""
+    factors = {}
+    for name, (B, A) in move.adapter.factors.items():
+        D = move.source.matrices[name] - move.target.matrices[name]
+        eye = torch.eye(D.shape[1], dtype=D.dtype, device=D.device)
+        factors[name] = (torch.cat([B, D], 1), torch.cat([A, eye]))
+    return factors
+
+
 def methods(kind: str) -> dict[str, Callable[[Move], Factors]]:
-    """Transfer methods by name, for one kind of adapter; a number is the share of directions."""
+    """Transfer methods by name, for one kind of adapter; a fraction is the share of directions."""
     shared: dict[str, Callable[[Move], Factors]] = {
         "copy": lambda move: move.adapter.factors,
-        "anchor input": _anchored("input", 1.0),
-        "anchor output": _anchored("output", 1.0),
-    }
-    if kind == "lorax":
-        return shared | {
-            "lorax": _core,
-            "prolora 1/2": _published("prolora", 1 / 2),
-            "transport 1/2": _published("transport", 1 / 2),
-        }
-    return shared | {
-        "lorax 1/4": _published("lorax", 1 / 4),
         "lorax 1/2": _published("lorax", 1 / 2),
-        "prolora 1/4": _published("prolora", 1 / 4),
         "prolora 1/2": _published("prolora", 1 / 2),
         "transport 1/4": _published("transport", 1 / 4),
         "transport 1/2": _published("transport", 1 / 2),
-        "anchor input, half": _anchored("input", 0.5),
+        "anchor input": _anchored("input", 1.0),
+        "anchor output": _anchored("output", 1.0),
         "anchor both": _anchored("both", 1.0),
-        "anchor both, half": _anchored("both", 0.5),
-        "restore 16": _restored(16),
+        "restore 16": _restored(16, 1.0),
+        "restore 16, half": _restored(16, 0.5),
+        "undo all (control)": _undone,
     }
+    if kind == "lorax":
+        return shared | {"lorax core": _core}
+    return shared | {"lorax 1/4": _published("lorax", 1 / 4)}
 
 
 def transfer(move: Move, method: Callable[[Move], Factors]) -> tuple[Factors, float]:

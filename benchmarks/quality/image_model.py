@@ -3,6 +3,9 @@
 
 The module holds no weights of its own while it runs: every call names them, so that one U-Net
 serves a source, its targets and every adapter, and an adapter costs nothing at inference.
+
+It sees a picture as patches of 2 x 2 pixels, twelve numbers each, at a quarter of the cost: most
+of the time of a U-Net of this size goes into its finest resolution.
 """
 
 from __future__ import annotations
@@ -11,12 +14,15 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch.func import functional_call
 
 from benchmarks.quality.image_data import WIDTH
 
 Weights = Mapping[str, torch.Tensor]
+
+PATCH = 2
 
 # Blocks of the U-Net that adapters reach: what they leave out maps pixels, and times, to features.
 ADAPTED = ("down_blocks.", "mid_block.", "up_blocks.")
@@ -26,9 +32,9 @@ def build(side: int, channels: tuple[int, ...], layers: int, width: int = WIDTH)
     """A U-Net with attention to the caption at all but the finest resolution, weights random."""
     attended = ["CrossAttnDownBlock2D"] * (len(channels) - 1)
     return UNet2DConditionModel(
-        sample_size=side,
-        in_channels=3,
-        out_channels=3,
+        sample_size=side // PATCH,
+        in_channels=3 * PATCH**2,
+        out_channels=3 * PATCH**2,
         block_out_channels=channels,
         layers_per_block=layers,
         down_block_types=("DownBlock2D", *attended),
@@ -74,14 +80,40 @@ def velocity(
         text: `(b, tokens, width)`; zeros for no caption.
     """
     dtype = next(iter(weights.values())).dtype
-    arguments = (x.to(dtype), 1000 * t, text.to(dtype))
-    return functional_call(unet, dict(weights), arguments).sample.float()
+    patches = F.pixel_unshuffle(x.to(dtype), PATCH)
+    out = functional_call(unet, dict(weights), (patches, 1000 * t, text.to(dtype))).sample
+    return F.pixel_shuffle(out, PATCH).float()
 
 
 def noised(image: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """The point of the straight path from an image to noise."""
     t = t[:, None, None, None]
     return (1 - t) * image + t * noise
+
+
+class Packed:
+    """All weights as one vector, so that casting, clipping and optimizing are a few kernels.
+
+    Args:
+        weights: whose names and shapes are kept.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        # Views of a vector are aligned for tensor cores as long as what is before them is.
+        names = sorted(weights, key=lambda name: weights[name].numel() % 64 != 0)
+        self.shapes = {name: weights[name].shape for name in names}
+
+    def pack(self, weights: Weights) -> torch.Tensor:
+        """The vector of these weights, a copy."""
+        return torch.cat([weights[name].detach().flatten() for name in self.shapes])
+
+    def unpack(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The weights in a vector, as views of it."""
+        parts = vector.split([shape.numel() for shape in self.shapes.values()])
+        return {
+            name: part.view(shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
 
 
 class Predictor:
@@ -96,7 +128,7 @@ class Predictor:
         self.unet, self.batch = unet, batch
         self.weights = {k: v.detach().clone() for k, v in weights.items()}
         device = next(iter(weights.values())).device
-        side = unet.config.sample_size
+        side = unet.config.sample_size * PATCH
         self.x = torch.zeros(batch, 3, side, side, device=device)
         self.t = torch.zeros(batch, device=device)
         self.text = torch.zeros(batch, *text_shape, device=device)

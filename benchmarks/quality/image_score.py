@@ -95,7 +95,7 @@ class Scorer:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
         # Held out: the wanted style of every name that the adapter is not trained on.
         free = torch.ones(len(emoji.styles), len(emoji.names), dtype=torch.bool, device=device)
-        free[self.wanted, emoji.indices("test", "new")] = False
+        free[self.wanted, emoji.indices("tune", "test", "new")] = False
         for _ in range(steps):
             names = torch.randperm(len(emoji.names), generator=generator, device=device)[:192]
             order = torch.rand(free.shape, generator=generator, device=device) + ~free * 10.0

@@ -10,7 +10,15 @@ from benchmarks.quality.image_training import Schedule
 
 @dataclass(frozen=True)
 class Size:
-    """How large the model is and how long everything trains."""
+    """How large the model is and how long everything trains.
+
+    Attributes:
+        base: training of the source.
+        targets: training that makes the targets of it, in order of importance.
+        adapter: training of an adapter, of either kind; the rate is one of `rates`.
+        rates: learning rates of each kind of adapter.
+        tuning: steps after which the best of several rates is chosen.
+    """
 
     side: int
     channels: tuple[int, ...]
@@ -18,8 +26,9 @@ class Size:
     rank: int
     base: Schedule
     targets: dict[str, Schedule]
-    lora: Schedule
-    lorax: Schedule
+    adapter: Schedule
+    rates: dict[str, tuple[float, ...]]
+    tuning: int
     seeds: int
     judge_steps: int
     judge_width: int
@@ -32,19 +41,20 @@ class Size:
 SIZES = {
     "full": Size(
         side=32,
-        channels=(64, 128, 128),
+        channels=(64, 128),
         layers=1,
         rank=8,
-        base=Schedule(steps=8000, batch=128, lr=1e-3, warmup=200),
+        base=Schedule(steps=8000, batch=128, lr=1e-3, warmup=200, seconds=55),
         targets={
-            "near": Schedule(steps=100, batch=128, lr=1e-4),
-            "mid": Schedule(steps=500, batch=128, lr=2e-4),
-            "far": Schedule(steps=2500, batch=128, lr=5e-4),
+            "near": Schedule(steps=100, batch=64, lr=1e-4),
+            "far": Schedule(steps=1200, batch=64, lr=5e-4),
+            "mid": Schedule(steps=400, batch=64, lr=2e-4),
         },
-        lora=Schedule(steps=1000, batch=64, lr=2e-3),
-        lorax=Schedule(steps=1000, batch=64, lr=5e-3),
+        adapter=Schedule(steps=800, batch=64, lr=0.0, seconds=20),
+        rates={"lora": (1e-3, 2e-3, 4e-3, 8e-3), "lorax": (1e-3, 3e-3, 1e-2, 3e-2)},
+        tuning=250,
         seeds=3,
-        judge_steps=800,
+        judge_steps=600,
         judge_width=64,
         draws=8,
         captions=128,
@@ -56,13 +66,14 @@ SIZES = {
         channels=(16, 32),
         layers=1,
         rank=4,
-        base=Schedule(steps=300, batch=32, lr=3e-3),
+        base=Schedule(steps=600, batch=32, lr=3e-3, seconds=80),
         targets={
             "near": Schedule(steps=20, batch=32, lr=3e-4, warmup=5),
-            "far": Schedule(steps=100, batch=32, lr=2e-3, warmup=10),
+            "far": Schedule(steps=100, batch=32, lr=2e-3, warmup=10, seconds=30),
         },
-        lora=Schedule(steps=60, batch=32, lr=1e-2, warmup=10),
-        lorax=Schedule(steps=60, batch=32, lr=1e-2, warmup=10),
+        adapter=Schedule(steps=100, batch=32, lr=0.0, warmup=10, seconds=60),
+        rates={"lora": (1e-2,), "lorax": (1e-2,)},
+        tuning=0,
         seeds=1,
         judge_steps=100,
         judge_width=16,
@@ -78,8 +89,9 @@ SIZES = {
         rank=2,
         base=Schedule(steps=12, batch=8, lr=1e-2, warmup=2),
         targets={"near": Schedule(steps=5, batch=8, lr=3e-3, warmup=2)},
-        lora=Schedule(steps=6, batch=8, lr=2e-2, warmup=2),
-        lorax=Schedule(steps=6, batch=8, lr=2e-2, warmup=2),
+        adapter=Schedule(steps=6, batch=8, lr=0.0, warmup=2),
+        rates={"lora": (1e-6, 2e-2), "lorax": (2e-2,)},
+        tuning=4,
         seeds=2,
         judge_steps=2,
         judge_width=8,

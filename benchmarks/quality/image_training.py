@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from benchmarks.quality.image_model import Weights, noised, velocity
 
 SLOTS = 16  # batches drawn at a time
+PROBE = (16, 48)  # the steps between which the time of one is taken
 UNCAPTIONED = 0.1  # share of the batch without its caption, which guidance needs
 
 
@@ -31,12 +32,17 @@ class Data:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps, examples a step, and the largest learning rate: warmed up, then a cosine to zero."""
+    """Steps, examples a step, and the largest learning rate: warmed up, then a cosine to zero.
+
+    Attributes:
+        seconds: what `train` may take; fewer steps are made where that is not enough.
+    """
 
     steps: int
     batch: int
     lr: float
     warmup: int = 50
+    seconds: float = math.inf
 
     def rate(self, step: int) -> float:
         """The learning rate of one step."""
@@ -150,20 +156,48 @@ class Run:
 
 
 def train(runs: Sequence[Run], label: str, say: Callable[[str], None]) -> float:
-    """Advance all runs to their ends, interleaved; returns the seconds that took."""
+    """Advance all runs to their ends, interleaved; returns the seconds that took.
+
+    Runs with a limit of seconds are of equal length. After a few steps it is known how many fit.
+    """
     start = time.perf_counter()
-    if runs and runs[0].on_gpu:
-        torch.cuda.synchronize()
-    steps = max((run.schedule.steps - run.done for run in runs), default=0)
-    for step in range(steps):
+    wait(runs)
+    length, step, probe = max(run.schedule.steps for run in runs), 0, 0.0
+    while step < length:
+        if step in PROBE:
+            wait(runs)
+            now = time.perf_counter()
+            if step == PROBE[1]:
+                length = fitted(runs, start, (now - probe) / (PROBE[1] - PROBE[0]))
+            probe = now
         for run in runs:
             run.advance()
-        if runs[0].on_gpu and step % SLOTS == SLOTS - 1:
+        step += 1
+        if step % SLOTS == 0:
             # A bounded queue: the host must not run minutes ahead of the GPU.
-            torch.cuda.synchronize()
-        if step % max(1, steps // 8) == 0 or step == steps - 1:
-            losses = " ".join(f"{run.loss.item():.4f}" for run in runs[:6])
-            say(f"{label} {step + 1}/{steps} loss {losses}")
-    if runs and runs[0].on_gpu:
-        torch.cuda.synchronize()
+            wait(runs)
+        if step == 1 or step % max(1, length // 8) == 0 or step == length:
+            losses = " ".join(f"{run.loss.item():.4f}" for run in runs[:8])
+            say(f"{label} {step}/{length} loss {losses}")
+    wait(runs)
     return time.perf_counter() - start
+
+
+def wait(runs: Sequence[Run]) -> None:
+    """Let the queued steps end."""
+    if runs[0].on_gpu:
+        torch.cuda.synchronize()
+
+
+def fitted(runs: Sequence[Run], start: float, each: float) -> int:
+    """Shorten the runs to what fits into their seconds, at `each` a step; the steps of the longest.
+
+    No run ends within its warm-up.
+    """
+    left = min(run.schedule.seconds for run in runs) - (time.perf_counter() - start)
+    for run in runs:
+        schedule = run.schedule
+        if left < each * (schedule.steps - PROBE[1]):
+            steps = max(PROBE[1] + int(left / each), 2 * schedule.warmup)
+            run.schedule = replace(schedule, steps=min(steps, schedule.steps))
+    return max(run.schedule.steps for run in runs)
