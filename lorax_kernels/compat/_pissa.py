@@ -40,9 +40,9 @@ class _Queue:
             self.flush()
         self.entries.append((layer, adapter, tol))
         self.weights.add(weight.data_ptr())
-        # PEFT moves them to the weight's device next: there they are empty, and cost nothing.
+        # Where PEFT moves them next and in the dtype that it gives them: empty, they cost nothing.
         for factor in (layer.lora_A[adapter], layer.lora_B[adapter]):
-            factor.weight.data = torch.empty_like(factor.weight, device=weight.device)
+            factor.weight.data = torch.empty_like(factor.weight.data, **_place_of(weight))
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -57,8 +57,15 @@ class _Queue:
             found = truncated_svd(matrices, rank, tol=tol, backend=self.options.backend)
             for (layer, adapter), svd in zip(group, found, strict=True):
                 _apply(layer, adapter, svd)
-                # PEFT did this to the factors that are replaced now.
-                layer._move_adapter_to_device_of_base_layer(adapter)
+                # As PEFT did to the factors that are replaced now.
+                place = _place_of(layer.get_base_layer().weight)
+                for factor in (layer.lora_A[adapter], layer.lora_B[adapter]):
+                    factor.weight.data = factor.weight.data.to(**place)
+
+
+def _place_of(weight: torch.Tensor) -> dict[str, Any]:
+    """Device and dtype that PEFT gives the factors beside a weight."""
+    return {"device": weight.device, "dtype": weight.dtype}
 
 
 _open = threading.local()
