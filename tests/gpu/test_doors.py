@@ -44,6 +44,41 @@ def test_svd_lowrank_is_never_less_accurate(spectrum, shape, q, niter):
         )
 
 
+@pytest.mark.parametrize("shape", [(8192, 8192), (16384, 4096)], ids=["square", "tall"])
+@pytest.mark.parametrize("spectrum", ["power", "marchenko_pastur", "steep"])
+def test_svd_lowrank_of_a_large_matrix(spectrum, shape):
+    """Where all products but the last three read it in bfloat16."""
+    A = testing.matrix(spectrum, *shape, 64, device="cuda")
+    torch.manual_seed(0)
+    for niter in (2, 4):
+        theirs, ours = torch.svd_lowrank(A, 24, niter), lk.svd_lowrank(A, 24, niter)
+        for side, matrix in ((2, A), (0, A.T)):
+            # 2e-6: sixteen float32 roundings, where both have converged.
+            assert captured(matrix, ours[side]) >= captured(matrix, theirs[side]) * (1 - 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_svd_lowrank_of_a_stack_with_dependent_columns(dtype):
+    A = torch.zeros(3, 700, 520, device="cuda", dtype=dtype)
+    A[0, 3, 5] = 3
+    A[2, :40, :40] = torch.diag(1 / torch.arange(1.0, 41)).to(A)
+    U, S, V = lk.svd_lowrank(A, 20)
+    for X in (U, V):
+        eye = torch.eye(20, device="cuda", dtype=torch.float64).expand(3, -1, -1)
+        torch.testing.assert_close(X.double().mT @ X.double(), eye, rtol=0, atol=2e-6)
+    exact = torch.linalg.svdvals(A.double())[:, :20].float()
+    # The block holds all forty directions; 1e-5: two 16-bit pieces of it on tensor cores.
+    torch.testing.assert_close(S, exact, rtol=0, atol=1e-5)
+    torch.testing.assert_close((U.mT @ A.float() @ V).diagonal(0, 1, 2), S, rtol=0, atol=1e-5)
+
+
+def test_svd_lowrank_refuses_what_is_not_finite():
+    A = torch.ones(64, 48, device="cuda")
+    A[3, 4] = torch.nan
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        lk.svd_lowrank(A)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_svd_diff(dtype):
     W0 = testing.matrix("power", 512, 384, 16, device="cuda")
