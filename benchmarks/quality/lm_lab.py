@@ -44,6 +44,7 @@ class Scale:
     train_length: dict  # longer examples are left out of training, which pads to this
     second_task: dict  # kind of adapter -> targets
     has_shapes: bool
+    has_controls: bool  # every method and bound, instead of a few
     skill_rows: int  # windows of text that a model's own skill is scored on
 
 
@@ -72,6 +73,7 @@ FULL = Scale(
     train_length={"enfr": 40, "xsum": 256},
     second_task={"lora": ("mid", "far"), "lorax": ("mid",)},
     has_shapes=True,
+    has_controls=True,
     skill_rows=64,
 )
 REDUCED = Scale(
@@ -94,6 +96,7 @@ REDUCED = Scale(
     train_length={"enfr": 40},
     second_task={},
     has_shapes=False,
+    has_controls=False,
     skill_rows=2,
 )
 WINDOW = 128

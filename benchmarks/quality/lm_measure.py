@@ -48,7 +48,8 @@ class Measurement:
             lab.log(f"{label}: {lab.facts[label]}")
             for kind in KINDS:
                 with self._part(f"{label}, {kind}"):
-                    self._pair(label, kind, "enfr", measured(kind, lab.scale.ranks))
+                    methods = measured if lab.scale.has_controls else few
+                    self._pair(label, kind, "enfr", methods(kind, lab.scale.ranks))
         if self._scale.has_shapes:
             with self._part("other shapes", 60):
                 self._shapes()

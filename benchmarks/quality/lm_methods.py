@@ -219,7 +219,10 @@ def measured(kind, ranks):
     methods["restore q=16 by drift"] = partial(restore_by_drift, directions=16)
     if kind == "lora":
         methods["anchor + restore by drift"] = partial(anchor_and_restore, directions=16)
-    methods["restore q=16 with embeddings"] = partial(restore_embeddings, directions=16)
+    for name, strength in (("", 1.0), (" w=0.5", 0.5)):
+        methods[f"restore q=16{name} with embeddings"] = partial(
+            restore_embeddings, directions=16, strength=strength
+        )
     methods["undo all"] = undo
     methods["source's embeddings"] = old_embeddings
     methods["undo all, source's embeddings"] = partial(old_embeddings, is_undone=True)
@@ -229,7 +232,9 @@ def measured(kind, ranks):
 def few(kind, ranks):
     """The methods that the second task compares."""
     named = ("copy", "lorax core", "lorax", "prolora", "transport", "anchor", "restore q=16")
-    kept = {n: m for n, m in measured(kind, ranks[-1:]).items() if n.startswith(named)}
-    kept.pop("restore q=16 with embeddings")
-    kept.pop("copy x1.2", None)
-    return kept
+    every = measured(kind, ranks[-1:])
+    return {
+        n: m
+        for n, m in every.items()
+        if n.startswith(named) and "embeddings" not in n and n != "copy x1.2"
+    }
