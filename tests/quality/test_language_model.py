@@ -7,8 +7,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lorax_kernels as lk
+import lorax_transfer
 from benchmarks.quality import (
     lm_adapters,
     lm_data,
@@ -231,6 +233,44 @@ def test_a_rotated_model_is_carried_without_loss(weights, examples):
         torch.testing.assert_close(
             torch.mm(*again[name]), torch.mm(*adapter.factors[name]), rtol=1e-3, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("other", ["shallow", "narrow"])
+def test_files_move_as_tensors_do(weights, examples, tmp_path, other):
+    if other == "shallow":
+        shape, pruned, _ = lm_prune.prune_depth(SHAPE, weights, ids(), 1)
+    else:
+        shape, pruned = lm_prune.prune_width(SHAPE, weights, ids(), 40, 64)
+    models = {
+        "source": lm_methods.Model("source", SHAPE, weights),
+        other: lm_methods.Model(other, shape, pruned),
+    }
+    for name, model in models.items():
+        save_file(model.weights, tmp_path / f"{name}.safetensors")
+    adapter = train(weights, make("lora", weights), examples, [0], [2e-2], steps=2)[0][0]
+    tensors = {}
+    for name, (B, A) in adapter.factors.items():
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B.contiguous()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A.contiguous()
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    kinds = sorted({name.rpartition(".")[2] for name in NAMES})
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": kinds}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    places = [tmp_path / f"{name}.safetensors" for name in models]
+    lorax_transfer.transfer(
+        tmp_path / "adapter", *places, tmp_path / "moved", method="aligned", device="cpu"
+    )
+    found = load_file(tmp_path / "moved" / "adapter_model.safetensors")
+    pair = lm_methods.Pair(*models.values())
+    maps = lm_shapes.find_maps(*models.values())
+    expected = lm_shapes.aligned(pair, adapter, maps=maps)
+    assert len(found) == 2 * len(expected)
+    for name, (B, A) in expected.items():
+        prefix = f"base_model.model.{name}"
+        moved = found[f"{prefix}.lora_B.weight"] @ found[f"{prefix}.lora_A.weight"]
+        # The same maps of float32 weights, on two ways.
+        assert (moved - B @ A).norm() <= 1e-4 * (B @ A).norm(), name
 
 
 @pytest.mark.parametrize("kind", ["lora", "lorax"])
