@@ -63,8 +63,8 @@ FULL = Scale(
     ffn=1152,
     seeds=(0, 1, 2),
     rates={
-        ("lora", "enfr"): [4e-3, 8e-3],
-        ("lorax", "enfr"): [1e-2, 2e-2, 3e-2],
+        ("lora", "enfr"): [4e-3, 8e-3, 1.6e-2],
+        ("lorax", "enfr"): [1e-2, 2e-2, 4e-2],
         ("lora", "xsum"): [1e-3, 3e-3],
         ("lorax", "xsum"): [3e-3, 1e-2],
     },
@@ -77,15 +77,15 @@ FULL = Scale(
     skill_rows=64,
 )
 REDUCED = Scale(
-    steps={"enfr": 12},
-    batch={"enfr": 8},
-    targets={"mid": 6},
+    steps={"enfr": 8},
+    batch={"enfr": 6},
+    targets={"mid": 4},
     target_rate=2e-4,
     target_batch=2,
     heal_steps=12,
     heal_rate=3e-4,
     heal_batch=4,
-    test=8,
+    test=6,
     drop_layers=7,
     width=448,
     ffn=1152,
@@ -97,7 +97,7 @@ REDUCED = Scale(
     second_task={},
     has_shapes=False,
     has_controls=False,
-    skill_rows=2,
+    skill_rows=1,
 )
 WINDOW = 128
 
