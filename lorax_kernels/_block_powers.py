@@ -17,10 +17,13 @@ _TILE = 32
 # Entries from which all products but the last three read the matrix in bfloat16. Rounding by 2^-9
 # hides only directions whose energy is below 4e-6 of the matrix's, and the last three find these.
 _LARGE = 1 << 26
-# Half of float64's digits: what is left of a column after the ones before it have been taken out
-# is rounding of float32 below the root of this.
+# A pivot is at least this share of its column's square. What is left of a column once those before
+# it have been taken out is rounding of float32 below the root of it.
 _PIVOT = 1e-12
-# Where the diagonal of the last factor is above this, the block is as good as orthonormal.
+# Rows of a block that are summed by one product.
+_ROWS = 256
+# Where the diagonal of the Cholesky factor of `Q^T Q` is above this, the columns of `Q` are far
+# from dependent.
 _NEARLY = 0.5
 # Down to here the squares of the wanted singular values are known well enough to divide by.
 _STEEP = 1e-9
@@ -94,10 +97,19 @@ def _cholesky_qr(Y: torch.Tensor) -> torch.Tensor:
     Columns that depend on the ones before them come out short, and a column of zeros stays one.
     """
     Y = Y.double()
-    G = Y.mT @ Y
+    G = _gram(Y)
     G.diagonal(dim1=-2, dim2=-1).mul_(1 + _PIVOT).add_(1e-290)
     L = torch.linalg.cholesky_ex(G).L
     return torch.linalg.solve_triangular(L, Y.mT, upper=False).mT.float()
+
+
+def _gram(Y: torch.Tensor) -> torch.Tensor:
+    """`Y^T Y` of a long thin block: a few rows at a time, or one multiprocessor would do it all."""
+    short = -Y.shape[-2] % _ROWS
+    if short:
+        Y = torch.nn.functional.pad(Y, (0, 0, 0, short))
+    parts = Y.unflatten(-2, (-1, _ROWS))
+    return (parts.mT @ parts).sum(-3)
 
 
 def _ritz(
@@ -108,7 +120,7 @@ def _ritz(
     None where these do not tell enough: dependent columns, singular values far apart.
     """
     Q, B = Q.double(), B.double()
-    grams = torch.stack([Q.mT @ Q, B.mT @ B])
+    grams = torch.stack([_gram(Q), _gram(B)])
     device = grams.device
     small = grams.cpu() if grams.shape[-1] <= _ON_HOST else grams
     if not bool(small.isfinite().all()):
