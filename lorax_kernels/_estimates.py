@@ -19,6 +19,31 @@ def noise_floor(theta: torch.Tensor, rows: int) -> torch.Tensor:
     return (4 * eps * math.sqrt(rows)) ** 2 * theta[:, :1].clamp_min(_TINY)
 
 
+def outside_error(squares: torch.Tensor, theta: torch.Tensor, k: int, rows: int) -> torch.Tensor:
+    """Projector error of the leading `k` vectors of a block from what lies outside the block.
+
+    Args:
+        squares: of the lengths of the vectors' residuals outside the block, `(b, l)`.
+        theta: Rayleigh quotients `(b, l)`, descending.
+        k: where the cut is.
+        rows: the longer side of the matrices.
+
+    Returns:
+        `(b,)`, float64, not capped at a right angle.
+    """
+    return (2 / k * _outside(squares.double(), theta.double(), k, rows)[0].sum(1)).sqrt()
+
+
+def _outside(
+    squares: torch.Tensor, theta: torch.Tensor, k: int, rows: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Squared tilts `(b, k)`, the gaps they were divided by, and which vectors count at all."""
+    floor = noise_floor(theta, rows)
+    counted = theta[:, :k] > floor
+    gap = (theta[:, :k] - theta[:, -1:]).clamp_min(torch.finfo(torch.float32).eps * floor)
+    return torch.where(counted, squares[:, :k] / gap**2, 0.0), gap, counted
+
+
 def residual_error(
     C: torch.Tensor, theta: torch.Tensor, k: int, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,15 +62,11 @@ def residual_error(
     Returns:
         The error `(b,)`, and the part that a filter can damp, not capped at a right angle.
     """
-    eps = torch.finfo(torch.float32).eps
     C, theta = C.double(), theta.double()
-    floor = noise_floor(theta, rows)
-    counted = theta[:, :k] > floor
-    gap = (theta[:, :k] - theta[:, -1:]).clamp_min(eps * floor)
-    outside = torch.diagonal(C, dim1=1, dim2=2)[:, :k] / gap**2
-    outside = torch.where(counted, outside, 0.0)
+    squares = torch.diagonal(C, dim1=1, dim2=2)
+    outside, gap, counted = _outside(squares, theta, k, rows)
     # Ritz values are themselves low by `shift`: closer ones than that are not told apart yet.
-    shift = torch.diagonal(C, dim1=1, dim2=2) / (theta - theta[:, -1:]).clamp_min(gap[:, -1:])
+    shift = squares / (theta - theta[:, -1:]).clamp_min(gap[:, -1:])
     distance = (theta - shift)[:, :k, None] - (theta + shift)[:, None, k:]
     mixed = (C[:, :k, k:] / (gap[..., None] * distance.clamp_min(_TINY))) ** 2
     mixed = torch.where(counted, mixed.sum(2), 0.0)

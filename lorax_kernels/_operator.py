@@ -60,10 +60,10 @@ class Operator:
 
     W: Stack  # (b, m, n), or (b, n, m) when flipped
     flipped: bool
-    G: Stack | None  # (b, n, n), where iterating on the Gram matrix is cheaper
+    # (b, n, n) the Gram matrix, rounded as the block is in one piece: stands in for W where that is
+    # enough and cheaper.
+    coarse: torch.Tensor | None
     backend: str
-    # Which of W's matrices these are, where the Gram matrix spares copying the weights meanwhile.
-    index: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -82,28 +82,19 @@ class Operator:
 
     def forward(self, X: torch.Tensor, pieces: int) -> torch.Tensor:
         """`W X`, from the short side to the long one."""
-        return self._weights().times(X, self.flipped, pieces, self.backend)
+        return self.W.times(X, self.flipped, pieces, self.backend)
 
     def backward(self, Y: torch.Tensor, pieces: int) -> torch.Tensor:
         """`W^T Y`, from the long side to the short one."""
-        return self._weights().times(Y, not self.flipped, pieces, self.backend)
+        return self.W.times(Y, not self.flipped, pieces, self.backend)
 
     def apply(self, X: torch.Tensor, pieces: int = 1) -> torch.Tensor:
         """`A X`; with one piece to the accuracy that a filter step needs."""
-        if self.G is not None:
-            return self.G.times(X, False, pieces, self.backend)
+        if self.coarse is not None and pieces == 1:
+            return ops.thin_matmul(self.coarse, X, transpose=False, pieces=1, backend=self.backend)
         return self.backward(self.forward(X, pieces), pieces)
-
-    def on_weights(self) -> "Operator":
-        """The same without the Gram matrix."""
-        return replace(self, W=self._weights(), G=None, index=None)
-
-    def _weights(self) -> Stack:
-        return self.W if self.index is None else self.W[self.index]
 
     def __getitem__(self, index: torch.Tensor) -> "Operator":
         """The operators of the matrices that `index` names."""
-        if self.G is None:
-            return replace(self, W=self.W[index])
-        composed = index if self.index is None else self.index[index]
-        return replace(self, G=self.G[index], index=composed)
+        coarse = None if self.coarse is None else self.coarse[index]
+        return replace(self, W=self.W[index], coarse=coarse)

@@ -28,7 +28,7 @@ class Costs:
 
 # benchmarks/kernels/bench_costs.py measures them and shows where a plan is wrong.
 CPU = Costs(thin=62e9, gram=95e9, exact_gram=95e9, eigh=8.4e9, block=4.9e9)
-CUDA = Costs(thin=400e12, gram=300e12, exact_gram=60e12, eigh=0.6e12, block=6e12)
+CUDA = Costs(thin=550e12, gram=600e12, exact_gram=60e12, eigh=0.6e12, block=6e12)
 # Degrees of the filter for the spectrum of a trained weight: square ones are those of attention,
 # the others belong to MLPs and are flatter (12 and 17 on average in SmolLM2-135M at rank 64).
 _DEGREE = 12
@@ -100,10 +100,14 @@ def plan(
     if max_passes is not None:
         degree = min(degree, max_passes / 2)
     on_weights = degree * pieces * 4 * long * short * width / costs.thin
-    on_gram = degree * (2 if halves else 1) * 2 * short**2 * width / costs.thin
+    on_gram = degree * 2 * short**2 * width / costs.thin
+    if halves:
+        # The last third, which rounds the block to two pieces, stays with the weights.
+        on_gram = (2 * on_gram + on_weights) / 3
     forming = 2 * long * short**2 / costs.gram
     block = _BLOCK_STEPS * min(degree / _DEGREE, 1) * short * width**2 / costs.block
-    use_gram = forming + on_gram < on_weights
+    # In float16 sums of more squares than this leave its range.
+    use_gram = forming + on_gram < on_weights and not (halves and long > 1 << 17)
     iterating = on_gram if use_gram else on_weights
     if exact <= iterating + use_gram * forming + block:
         return Plan("exact", short, False)

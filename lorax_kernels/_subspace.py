@@ -14,7 +14,6 @@ Chelikowsky, J. Comput. Phys. 219 (2006), for the filter; Feng, Yu, Xie, arXiv 2
 for shifts between orthonormalisations. The error estimate is first-order perturbation theory.
 """
 
-import enum
 import functools
 import math
 from dataclasses import dataclass, fields, replace
@@ -22,7 +21,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from . import _backends, ops
-from ._estimates import residual_error, rounding_error
+from ._estimates import outside_error, residual_error
 from ._operator import Operator, Stack
 
 # Degrees a cycle may have. Few, because matrices that need the same degree run as one batch.
@@ -31,10 +30,6 @@ _DEGREES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 # spent on a wrong interval are lost; on a GPU products are cheap against a look's eigenproblem.
 _FIRST_DEGREE = 4
 _FIRST_DEGREE_ON_GPU = 6
-# There, as long as the error is large, the damped interval is known to be short, by about this
-# share of the error, and more is taken: a degree too many costs two products, one too few a look.
-_SHORT = 6.0
-_SHORT_AT_MOST = 0.8
 # Between two orthonormalisations the leading directions may outgrow the rest by this factor. Ritz
 # vectors hold little of each other's directions, so that float32 has digits left for the smallest.
 _GROWTH_CAP = 1e6
@@ -44,13 +39,12 @@ _AIM = 0.5
 _ENOUGH = 0.8
 # Within this factor of what rounding of the block leaves, the block is taken in two pieces.
 _NEAR_FLOOR = 8
-# In place of a coarse degree: leave the Gram matrix, whose rounding has become a visible part of
-# the tolerance.
-_ON_WEIGHTS = -1000
-_VISIBLE = 0.3
-# The stage that a warm start begins at: past the first cycle and the quick looks.
-_WARM = 2
-# Products that must be left for a look that judges nothing to be followed by one that does.
+# Cycles that start with a glance; a warm start is past them.
+_GLANCES = 2
+# What a glance's degrees are multiplied by: the interval it damps is still short. A degree too many
+# costs two products, one too few another look.
+_GLANCED = 1.5
+# Products that must be left for a glance to be followed by a look that judges.
 _ENOUGH_LEFT = 8
 # Spread of the Ritz values from which float32 rounding shows in residuals.
 _STEEP = 1e3
@@ -87,81 +81,57 @@ class Triplets:
 
 @dataclass(frozen=True)
 class _Ritz:
-    """Ritz vectors of a block and what their residual says, for a stack."""
+    """What a block holds, for a stack."""
 
-    Q: torch.Tensor  # (b, n, l) Ritz vectors
-    Y: torch.Tensor  # (b, m, l) W Q; no columns where the Gram matrix stood in for W
+    Q: torch.Tensor  # (b, n, l) Ritz vectors, or after a glance the block itself
+    Y: torch.Tensor | None  # (b, m, l) W Q; None after a glance
     Z: torch.Tensor  # (b, n, l) A Q
     theta: torch.Tensor  # (b, l) Ritz values of A, descending
     error: torch.Tensor  # (b,) estimated projector error of the leading k
     planned: torch.Tensor  # (b,) what is left to damp: the same, not capped at a right angle
-    blur: torch.Tensor  # (b,) how much of the error is rounding of the Gram matrix
-
-    @staticmethod
-    def unjudged(Q: torch.Tensor, Y: torch.Tensor, Z: torch.Tensor, theta: torch.Tensor) -> "_Ritz":
-        """Ritz vectors whose error nobody has looked at."""
-        unknown = torch.full_like(theta[:, 0], math.inf, dtype=torch.float64)
-        return _Ritz(Q, Y, Z, theta, unknown, unknown, torch.zeros_like(unknown))
 
     def __getitem__(self, index: torch.Tensor) -> "_Ritz":
         """The entries of the stack that `index` names."""
-        return _Ritz(*(getattr(self, f.name)[index] for f in fields(self)))
+        Y = None if self.Y is None else self.Y[index]
+        rest = (self.Z, self.theta, self.error, self.planned)
+        return _Ritz(self.Q[index], Y, *(t[index] for t in rest))
 
 
-class _Look(enum.Enum):
-    """How closely a block is looked at."""
+def _glance(A: Operator, Q: torch.Tensor, k: int) -> _Ritz:
+    """What steers a cycle, without an eigenproblem: Rayleigh quotients for Ritz values.
 
-    # Ritz values to place the damped interval by, of a block that is still nearly random.
-    ROUGH = enum.auto()
-    # The error left as well; a few per cent of it may be what the eigensolver left undone.
-    QUICK = enum.auto()
-    FULL = enum.auto()
+    The columns of an orthonormalised block are in the order of what they hold, nearly, so that the
+    quotients are near the Ritz values. Of a block that is still nearly random the least of them is
+    the better place to end the damped interval: the least Ritz value is low by a factor of two.
+    """
+    Z = A.apply(Q)
+    H = torch.bmm(Q.mT, Z)
+    rho = Z - ops.rotate(Q, H, backend=A.backend)
+    theta, order = torch.diagonal(H, dim1=1, dim2=2).clamp_min(0).sort(dim=1, descending=True)
+    squares = (rho * rho).sum(dim=1).gather(1, order)
+    planned = outside_error(squares, theta, k, A.rows)
+    return _Ritz(Q, None, Z, theta, planned, planned)
 
 
-# On a GPU a look costs as much as several products, half of it in the eigensolver.
-_FIRST_LOOKS = (_Look.ROUGH, _Look.QUICK)
-
-
-def _rayleigh_ritz(A: Operator, Q: torch.Tensor, k: int, look: _Look) -> _Ritz:
+def _rayleigh_ritz(A: Operator, Q: torch.Tensor, k: int) -> _Ritz:
     """Singular triplets of `W` within span(Q), from two products with `W`."""
-    backend, pieces = A.backend, 1 if look is _Look.ROUGH else 2
-    Y = A.forward(Q, pieces)
+    backend = A.backend
+    Y = A.forward(Q, 2)
     # On a CPU float64 costs a small eigenproblem little, and it keeps a steep spectrum's end.
     dtype = torch.float64 if Q.device.type == "cpu" else torch.float32
     H = ops.gram(Y, dtype=dtype, backend=backend)
-    theta, R = ops.symmetric_eigh(H, quick=look is not _Look.FULL, backend=backend)
+    theta, R = ops.symmetric_eigh(H, backend=backend)
     theta = theta.clamp_min(0)
     Q = ops.rotate(Q, R, backend=backend)
     Y = ops.rotate(Y, R, backend=backend)
-    Z = A.backward(Y, pieces)
-    if look is _Look.ROUGH:
-        return _Ritz.unjudged(Q, Y, Z, theta)
+    Z = A.backward(Y, 2)
     if bool((theta[:, 0] > _STEEP * theta[:, -1]).any()):
         # Rounding in Y points along the leading vectors, which the block holds: project it out.
         rho = Z - ops.rotate(Q, torch.bmm(Q.mT, Z), backend=backend)
     else:
         rho = torch.addcmul(Z, Q, theta.float()[:, None], value=-1)
-    C = ops.gram(rho, backend=backend)
-    error, planned = residual_error(C, theta, k, A.rows)
-    return _Ritz(Q, Y, Z, theta, error, planned, torch.zeros_like(error))
-
-
-def _gram_ritz(A: Operator, Q: torch.Tensor, k: int, look: _Look) -> _Ritz:
-    """Ritz vectors from one product with the Gram matrix: good enough to steer by."""
-    backend = A.backend
-    Z = A.apply(Q, 1 if look is _Look.ROUGH else 2)
-    H = torch.bmm(Q.mT, Z)
-    H = (H + H.mT) / 2
-    theta, R = ops.symmetric_eigh(H, quick=look is not _Look.FULL, backend=backend)
-    theta = theta.clamp_min(0)
-    Q = ops.rotate(Q, R, backend=backend)
-    Z = ops.rotate(Z, R, backend=backend)
-    if look is _Look.ROUGH:
-        return _Ritz.unjudged(Q, Q[:, :, :0], Z, theta)
-    C = ops.gram(torch.addcmul(Z, Q, theta[:, None], value=-1), backend=backend)
-    error, planned = residual_error(C, theta, k, A.rows)
-    blur = rounding_error(theta, k, A.rows, torch.float32)
-    return _Ritz(Q, Q[:, :, :0], Z, theta, (error**2 + blur**2).sqrt(), planned, blur)
+    error, planned = residual_error(ops.gram(rho, backend=backend), theta, k, A.rows)
+    return _Ritz(Q, Y, Z, theta, error, planned)
 
 
 @dataclass(frozen=True)
@@ -192,9 +162,8 @@ def _next_cycle(A: Operator, ritz: _Ritz, k: int, tol: float) -> _Cycle:
     turn = torch.maximum(turn, aim)
     coarse = torch.acosh((ritz.planned / turn).clamp_min(1)) / rate
     fine = torch.acosh(turn / aim) / rate
-    if A.on_gpu:
-        more = 1 + (_SHORT * ritz.planned).clamp_max(_SHORT_AT_MOST)
-        coarse, fine = coarse * more, fine * more
+    if ritz.Y is None:
+        coarse, fine = _GLANCED * coarse, _GLANCED * fine
     degrees = torch.stack([_listed(coarse), _listed(fine)])
     degrees = torch.where(ritz.error <= _ENOUGH * tol, 0, degrees).cpu()
     if A.on_gpu:
@@ -228,41 +197,32 @@ def _filter(A: Operator, ritz: _Ritz, coarse: int, fine: int) -> torch.Tensor:
     return ops.orthonormalize(X, backend=A.backend)
 
 
-def _finish(A: Operator, ritz: _Ritz, k: int) -> Triplets:
+def _finish(
+    backend: str, Q: torch.Tensor, Y: torch.Tensor, error: torch.Tensor, k: int
+) -> Triplets:
     """Triplets of the leading `k` Ritz vectors, on the tall side as orthonormal as on the short."""
-    V, Y, passes = ritz.Q[:, :, :k].contiguous(), ritz.Y[:, :, :k], 0
-    if A.G is not None:
-        Y, passes = A.forward(V, 2), 1
+    V, Y = Q[:, :, :k].contiguous(), Y[:, :, :k]
     S, order = torch.linalg.vector_norm(Y, dim=1).sort(dim=1, descending=True, stable=True)
     Y = Y.gather(2, order[:, None].expand_as(Y))
     V = V.gather(2, order[:, None].expand_as(V))
-    U = ops.orthonormalize(Y, backend=A.backend)
+    U = ops.orthonormalize(Y, backend=backend)
     # Orthonormalisation may turn a column around; a pair keeps its sign.
     U = U * torch.where((U * Y).sum(1, keepdim=True) < 0, -1.0, 1.0)
-    return Triplets(U, S, V, ritz.error, torch.full((len(S),), passes))
-
-
-def _look(A: Operator, Q: torch.Tensor, k: int, tol: float, look: _Look) -> _Ritz:
-    """Ritz vectors of a block; those of a matrix that is done are never the quick ones."""
-    ritz_of = _rayleigh_ritz if A.G is None else _gram_ritz
-    ritz = ritz_of(A, Q, k, look)
-    if look is _Look.QUICK and bool((ritz.error <= _ENOUGH * tol).any()):
-        ritz = ritz_of(A, ritz.Q, k, _Look.FULL)
-    return ritz
+    return Triplets(U, S, V, error, torch.zeros(len(S), dtype=torch.long))
 
 
 def _solve(A: Operator, Q: torch.Tensor, k: int, tol: float, left: int, stage: int) -> Triplets:
     """Looks at the block, filters it as far as each matrix needs, and goes on with what is left.
 
     `left` is how many products may still be made; `stage` counts the cycles made, of which the
-    first has a fixed degree and is not judged by the Ritz values.
+    first has a fixed degree.
     """
     count = Q.shape[0]
-    steer = A.G is not None
-    look = _Look.FULL
-    if A.on_gpu and stage < len(_FIRST_LOOKS) and left >= _ENOUGH_LEFT:
-        look = _FIRST_LOOKS[stage]
-    ritz = _look(A, Q, k, tol, look)
+    if stage >= _GLANCES:
+        # What the Gram matrix could do is done.
+        A = replace(A, coarse=None)
+    glances = stage < _GLANCES and left >= _ENOUGH_LEFT
+    ritz = _glance(A, Q, k) if glances else _rayleigh_ritz(A, Q, k)
     del Q
     left -= 2
     cycle = _next_cycle(A, ritz, k, tol)
@@ -270,8 +230,7 @@ def _solve(A: Operator, Q: torch.Tensor, k: int, tol: float, left: int, stage: i
         first = _FIRST_DEGREE_ON_GPU if A.on_gpu else _FIRST_DEGREE
         going = cycle.coarse + cycle.fine > 0
         cycle = _Cycle(torch.where(going, first, 0), torch.zeros_like(cycle.fine))
-    cycle = cycle.clamp(max(0, (left - steer) // 2))
-    cycle.coarse[(ritz.blur > _VISIBLE * tol).cpu()] = _ON_WEIGHTS
+    cycle = cycle.clamp(max(0, left // 2))
     parts = []
     # Matrices with the same cycle run as one batch.
     for coarse, fine in torch.stack([cycle.coarse, cycle.fine], dim=1).unique(dim=0).tolist():
@@ -284,15 +243,15 @@ def _solve(A: Operator, Q: torch.Tensor, k: int, tol: float, left: int, stage: i
     while parts:
         coarse, fine, index, some, mine = parts.pop()
         spent = 2 * max(coarse + fine, 1)
-        if coarse + fine == 0:
-            found = _finish(some, mine, k)
-        else:
-            if coarse == _ON_WEIGHTS:
-                block, some, spent = mine.Q, some.on_weights(), 2
-            else:
-                block = _filter(some, mine, coarse, fine)
+        if coarse + fine > 0:
+            block = _filter(some, mine, coarse, fine)
             del mine
             found = _solve(some, block, k, tol, left + 2 - spent, stage + 1)
+        elif mine.Y is None:
+            # Nothing to damp, by what a glance can see.
+            found = _solve(some, mine.Q, k, tol, left, _GLANCES)
+        else:
+            found = _finish(some.backend, mine.Q, mine.Y, mine.error, k)
         results.append((index, replace(found, passes=found.passes + spent)))
     return _merge(results, count)
 
@@ -308,12 +267,6 @@ def _merge(results: list[tuple[torch.Tensor, Triplets]], count: int) -> Triplets
         for index, part in results:
             merged[f.name][index.to(first.device)] = getattr(part, f.name)
     return Triplets(**merged)
-
-
-def _scaled(G: torch.Tensor) -> torch.Tensor:
-    """Gram matrices scaled into the range of float16; their eigenvectors do not change."""
-    largest = torch.diagonal(G, dim1=1, dim2=2).amax(dim=1).clamp_min(1e-30)
-    return G * torch.exp2(7 - largest.log2().floor())[:, None, None]
 
 
 def iterate(
@@ -336,7 +289,7 @@ def iterate(
         tol: projector error to reach.
         max_passes: products with `W` or its transpose at most; fewer than four count as four, and
             fewer than two for a warm start as two.
-        use_gram: iterate on the Gram matrix instead of on `W`.
+        use_gram: filter with the Gram matrix instead of `W` as far as its rounding allows.
         warm: the start is a good guess: look before filtering.
         backend: passed to the ops.
 
@@ -346,15 +299,17 @@ def iterate(
     count, m, n = W.shape
     flipped = n > m
     halves = W.is_cuda and _backends.requested(backend) != "reference"
-    G = None
+    weights, coarse = Stack.of(W, halves), None
     if use_gram and not warm:
-        G = Stack.of(_scaled(ops.gram(W.mT if flipped else W, backend=backend)), halves)
-    A = Operator(Stack.of(W, halves), flipped, G, backend)
+        tall = weights.parts[0].mT if flipped else weights.parts[0]
+        # In float16 where weights are: sums of squares of entries under 1/2 stay in its range.
+        coarse = torch.bmm(tall.mT, tall) if halves else ops.gram(tall, backend=backend)
+    A = Operator(weights, flipped, coarse, backend)
     Q = start.expand(count, -1, -1).contiguous()
     spent = 0
     if not warm:
         Q, spent = A.apply(Q), 2
     Q = ops.orthonormalize(Q, backend=backend)
-    found = _solve(A, Q, k, tol, max_passes - spent, _WARM if warm else 0)
+    found = _solve(A, Q, k, tol, max_passes - spent, _GLANCES if warm else 0)
     found = replace(found, passes=found.passes + spent)
     return replace(found, U=found.V, V=found.U) if flipped else found
