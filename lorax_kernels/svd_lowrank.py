@@ -5,6 +5,7 @@ import warnings
 
 import torch
 
+from . import _backends
 from ._block_powers import block_powers
 from .svd import ConvergenceWarning, truncated_svd
 
@@ -50,8 +51,8 @@ def svd_lowrank(
         bfloat16 and float16, else A's dtype.
 
     Raises:
-        ValueError: A is no matrix or stack of them, M does not broadcast, q is negative, or a NaN
-            or Inf in A.
+        ValueError: A is no matrix or stack of them, M does not broadcast, q is negative, an
+            unknown backend, or a NaN or Inf in A.
         TypeError: A is neither floating-point nor complex.
         RuntimeError: a backend named explicitly cannot run here.
 
@@ -62,6 +63,7 @@ def svd_lowrank(
     """
     if not (A.is_floating_point() or A.is_complex()):
         raise TypeError(f"A must be floating-point or complex, got {A.dtype}")
+    _backends.check_name(backend)
     if A.dim() < 2:
         raise ValueError(f"A must be (..., m, n), got shape {tuple(A.shape)}")
     q, niter = 6 if q is None else q, 2 if niter is None else max(niter, 0)
