@@ -22,6 +22,7 @@ BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 KINDS = {"lora": "ordinary LoRA", "lorax": "LoRA-X, full core"}
 ZOOM = 2
 LABEL = 190
+SMALLEST_GAP = 0.03  # of the trained adapter's lift: below that, shares of the gap are noise
 
 
 def select(rows: Iterable[dict], **wanted: object) -> list[dict]:
@@ -45,8 +46,15 @@ def shares(rows: list[dict], pair: str, kind: str, method: str) -> dict[str, lis
         copy = select(rows, pair=pair, kind=kind, method="copy", seed=row["seed"])
         if copy:
             gap = copy[0]["loss"] - trained
-            found["gap"].append(100 * (copy[0]["loss"] - row["loss"]) / gap)
+            if gap > SMALLEST_GAP * (none - trained):
+                found["gap"].append(100 * (copy[0]["loss"] - row["loss"]) / gap)
     return found
+
+
+def targets(result: dict) -> list[str]:
+    """The targets that were measured, nearest first."""
+    measured = {row["pair"] for row in result["rows"] if row["method"] == "trained"} - {"source"}
+    return sorted(measured, key=result["drift"].__getitem__)
 
 
 def methods(rows: list[dict], pair: str, kind: str) -> list[str]:
@@ -97,12 +105,53 @@ def tables(result: dict) -> str:
         bare = [1000 * row["loss"] for row in select(source, kind="none")]
         parts.append(f"{title} on its own source: {spread(bare, 2)} without, {spread(own, 2)} with")
     lines = ["Loss x 1000. " + "; ".join(parts) + "."]
-    for pair in [name for name in result["drift"] if name != "source"]:
+    for kind, title in KINDS.items():
+        lines.append(f"### {title}: lift kept, %")
+        lines.append(summary(result, kind))
+    if "scan" in result:
+        lines.append("### What `scan` advises")
+        lines.append(advice(result))
+    for pair in targets(result):
         for kind, title in KINDS.items():
             if select(rows, pair=pair, kind=kind):
                 lines.append(f"### {pair}, drift {100 * result['drift'][pair]:.1f} %, {title}")
                 lines.append(table(rows, pair, kind))
     return "\n\n".join(lines)
+
+
+def summary(result: dict, kind: str) -> str:
+    """Share of the trained adapter's lift that every method keeps on every target."""
+    rows, pairs = result["rows"], targets(result)
+    named = [m for m in methods(rows, pairs[-1], kind) if m != "trained"]
+    found = {m: [shares(rows, pair, kind, m)["lift"] for pair in pairs] for m in named}
+    named.sort(key=lambda m: -sum(statistics.mean(values) for values in found[m] if values))
+    heads = [f"{pair} ({100 * result['drift'][pair]:.1f} %)" for pair in pairs]
+    lines = ["| method | " + " | ".join(heads) + " |", "|---" * (1 + len(pairs)) + "|"]
+    for method in named:
+        cells = [spread(values, 1) if values else "" for values in found[method]]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def advice(result: dict) -> str:
+    """What the tool says of every pair, beside what was measured."""
+    rows = result["rows"]
+    lines = [
+        "| target | adapter | advice | lift kept by copy, % | best method, % |",
+        "|---" * 5 + "|",
+    ]
+    for row in sorted(result["scan"], key=lambda row: (row["kind"], result["drift"][row["pair"]])):
+        found = {
+            m: statistics.mean(shares(rows, row["pair"], row["kind"], m)["lift"])
+            for m in methods(rows, row["pair"], row["kind"])
+            if m != "trained" and "control" not in m
+        }
+        best = max(found, key=found.__getitem__)
+        lines.append(
+            f"| {row['pair']} | {KINDS[row['kind']]} | {row['verdict']} | {found['copy']:.1f} | "
+            f"{best}: {found[best]:.1f} |"
+        )
+    return "\n".join(lines)
 
 
 def plot(result: dict, path: Path) -> None:
@@ -112,17 +161,21 @@ def plot(result: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows, pairs = result["rows"], [name for name in result["drift"] if name != "source"]
+    rows, pairs = result["rows"], targets(result)
     figure, axes = pyplot.subplots(1, len(KINDS), figsize=(11, 4.2), sharey=True)
     for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):
         named = methods(rows, pairs[0], kind)
-        for method in [m for m in named if m != "trained"]:
-            points = [shares(rows, pair, kind, method)["lift"] for pair in pairs]
-            x = [100 * result["drift"][pair] for pair in pairs]
-            mean = [statistics.mean(values) for values in points]
-            error = [statistics.stdev(v) if len(v) > 1 else 0 for v in points]
+        for i, method in enumerate(m for m in named if m != "trained"):
+            found = {pair: shares(rows, pair, kind, method)["lift"] for pair in pairs}
+            points = {pair: values for pair, values in found.items() if values}
+            x = [100 * result["drift"][pair] for pair in points]
+            mean = [statistics.mean(values) for values in points.values()]
+            error = [statistics.stdev(v) if len(v) > 1 else 0 for v in points.values()]
+            line = ("-", "--", ":")[i // 7 % 3]
             width = 2.5 if method == "copy" else 1.2
-            axis.errorbar(x, mean, error, label=method, marker="o", linewidth=width, capsize=2)
+            axis.errorbar(
+                x, mean, error, label=method, marker="o", linewidth=width, capsize=2, linestyle=line
+            )
         axis.axhline(100, color="black", linewidth=0.8, linestyle="--")
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(title=title, xlabel="relative drift of the target's weights, %", ylim=(-60, 115))
@@ -174,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     with np.load(options.directory / "pictures.npz") as data:
         pictures = dict(data)
     options.images.mkdir(parents=True, exist_ok=True)
-    pairs = [name for name in result["drift"] if name != "source"]
+    pairs = targets(result)
     plot(result, options.images / "quality_images.png")
     for pair in pairs:
         contact_sheet(result, pictures, options.images / f"contact_sheet_{pair}.png", pair)

@@ -28,7 +28,8 @@ def measured_size(facts: dict) -> Size:
 
 def checkpoint(folder: Path, name: str, size: Size) -> image_adapters.Checkpoint:
     """A model that a run kept."""
-    weights = load_file(folder / "models" / f"{name}.safetensors")
+    stored = load_file(folder / "models" / f"{name}.safetensors")
+    weights = {key: value.float() for key, value in stored.items()}
     width = weights["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1]
     unet = image_model.build(size.side, size.channels, size.layers, width)
     return image_adapters.Checkpoint(name, weights, image_model.layers_of(unet))

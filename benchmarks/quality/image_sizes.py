@@ -41,20 +41,21 @@ class Size:
 SIZES = {
     "full": Size(
         side=32,
-        channels=(64, 128),
+        channels=(96, 128),
         layers=1,
         rank=8,
         base=Schedule(steps=8000, batch=128, lr=1e-3, warmup=200, seconds=55),
         targets={
-            "near": Schedule(steps=100, batch=64, lr=1e-4),
-            "far": Schedule(steps=1200, batch=64, lr=5e-4),
-            "mid": Schedule(steps=400, batch=64, lr=2e-4),
+            "near": Schedule(steps=100, batch=128, lr=1e-4),
+            "far": Schedule(steps=1200, batch=128, lr=5e-4),
+            "mid": Schedule(steps=400, batch=128, lr=2e-4),
         },
-        adapter=Schedule(steps=800, batch=64, lr=0.0, seconds=20),
+        # One size of batch, because the choice of kernels for another takes seconds.
+        adapter=Schedule(steps=500, batch=128, lr=0.0, seconds=18),
         rates={"lora": (1e-3, 2e-3, 4e-3, 8e-3), "lorax": (1e-3, 3e-3, 1e-2, 3e-2)},
-        tuning=250,
+        tuning=200,
         seeds=3,
-        judge_steps=600,
+        judge_steps=500,
         judge_width=64,
         draws=8,
         captions=128,

@@ -86,10 +86,8 @@ def random_factors(base, rank):
 
 
 def called(model, x, t, text):
-    """The velocity by way of the module itself, patch by patch."""
-    patches = torch.nn.functional.pixel_unshuffle(x, image_model.PATCH)
-    out = model(patches, 1000 * t, text).sample
-    return torch.nn.functional.pixel_shuffle(out, image_model.PATCH)
+    """The velocity by way of the module itself, with the weights that it holds."""
+    return image_model.through(lambda arguments: model(*arguments), x, t, text, x.dtype)
 
 
 def test_people_who_do_one_thing_share_a_role():
