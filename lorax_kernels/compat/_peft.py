@@ -3,7 +3,6 @@
 
 import importlib
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -111,7 +110,8 @@ _MIXERS = {
 
 def _again(target: Any, name: str) -> float:
     """The second factor of the scaling that earlier versions apply."""
-    major, minor = version("peft").split(".")[:2]
+    # Not `importlib.metadata.version`, which parses a file: this runs for every layer.
+    major, minor = importlib.import_module("peft").__version__.split(".")[:2]
     return 1.0 if (int(major), int(minor)) >= _SINGLE_SCALING else target.scaling[name]
 
 
