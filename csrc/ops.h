@@ -12,7 +12,7 @@ namespace lorax {
 at::Tensor thin_matmul(const at::Tensor& W, const at::Tensor& X, bool transpose, int64_t pieces);
 at::Tensor gram(const at::Tensor& X, at::ScalarType dtype);
 at::Tensor orthonormalize(const at::Tensor& X, bool quick);
-std::tuple<at::Tensor, at::Tensor> symmetric_eigh(const at::Tensor& H, bool quick);
+std::tuple<at::Tensor, at::Tensor> symmetric_eigh(const at::Tensor& H);
 at::Tensor rotate(const at::Tensor& X, const at::Tensor& R);
 at::Tensor shift(const at::Tensor& Z, const at::Tensor& X, const at::Tensor& a,
                  const at::Tensor& s);

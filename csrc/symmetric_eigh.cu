@@ -101,18 +101,14 @@ State& state_of(const Solver& solver, int device, cudaStream_t stream) {
 // Up to here cuSOLVER keeps a matrix in one CTA's shared memory, in one kernel.
 constexpr int64_t kLibraryColumns = 128;
 
-// Sweeps after which a matrix is nearly diagonal; see docs/kernels/symmetric_eigh.md.
-constexpr int kQuickSweeps = 4;
-
-// Sweeps until every matrix has settled, or `most` of them. The next sweep is queued before the count of the last one
+// Sweeps until every matrix has settled. The next sweep is queued before the count of the last one
 // is looked at, so that the device does not wait for the host; at most one sweep is for nothing.
-void sweep(const Jacobi& state, int most, const at::TensorOptions& options,
-           c10::cuda::CUDAStream stream) {
+void sweep(const Jacobi& state, const at::TensorOptions& options, c10::cuda::CUDAStream stream) {
   const auto integers = options.dtype(at::kInt);
   const at::Tensor counts = at::empty({kMaxSweeps}, integers);
   int* count = counts.mutable_data_ptr<int>();
   if (is_capturing(stream)) {
-    for (int s = 0; s < most; ++s) {
+    for (int s = 0; s < kMaxSweeps; ++s) {
       C10_CUDA_CHECK(launch_jacobi_sweep(state, s, count + s, stream));
     }
     return;
@@ -121,7 +117,7 @@ void sweep(const Jacobi& state, int most, const at::TensorOptions& options,
   int* left = known.mutable_data_ptr<int>();
   std::array<at::cuda::CUDAEvent, kMaxSweeps> done;
   int last = 0;
-  for (int s = 0; s < most; ++s, ++last) {
+  for (int s = 0; s < kMaxSweeps; ++s, ++last) {
     C10_CUDA_CHECK(launch_jacobi_sweep(state, s, count + s, stream));
     C10_CUDA_CHECK(
         cudaMemcpyAsync(left + s, count + s, sizeof(int), cudaMemcpyDeviceToHost, stream));
@@ -131,10 +127,10 @@ void sweep(const Jacobi& state, int most, const at::TensorOptions& options,
     if (left[s - 1] == 0) break;
   }
   // The last count lands in memory that is about to be given back.
-  done[std::min(last, most - 1)].synchronize();
+  done[std::min(last, kMaxSweeps - 1)].synchronize();
 }
 
-std::tuple<at::Tensor, at::Tensor> by_jacobi(const at::Tensor& H, bool quick) {
+std::tuple<at::Tensor, at::Tensor> by_jacobi(const at::Tensor& H) {
   const int64_t batch = H.size(0), l = H.size(1), extent = jacobi_extent(l), pairs = extent / kTile;
   const auto options = H.options();
   const auto stream = c10::cuda::getCurrentCUDAStream();
@@ -155,7 +151,7 @@ std::tuple<at::Tensor, at::Tensor> by_jacobi(const at::Tensor& H, bool quick) {
                        batch,
                        extent};
     C10_CUDA_CHECK(launch_jacobi_start(state, kept.const_data_ptr<float>(), l, stream));
-    sweep(state, quick ? kQuickSweeps : kMaxSweeps, options, stream);
+    sweep(state, options, stream);
   }
   const auto [values, order] = work.diagonal(0, 1, 2).narrow(1, 0, l).sort(-1, /*descending=*/true);
   const at::Tensor sorted =
@@ -165,13 +161,13 @@ std::tuple<at::Tensor, at::Tensor> by_jacobi(const at::Tensor& H, bool quick) {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> symmetric_eigh(const at::Tensor& H, bool quick) {
+std::tuple<at::Tensor, at::Tensor> symmetric_eigh(const at::Tensor& H) {
   check_block(H, "H");
   const c10::cuda::CUDAGuard guard(H.device());
   const int64_t batch = H.size(0), l = H.size(1);
   at::Tensor values = at::empty({batch, l}, H.options());
   if (H.numel() == 0) return {values, at::empty(H.sizes(), H.options())};
-  if (H.scalar_type() == at::kFloat && l > kLibraryColumns) return by_jacobi(H, quick);
+  if (H.scalar_type() == at::kFloat && l > kLibraryColumns) return by_jacobi(H);
   const Solver* solver = find_solver(H);
   if (solver == nullptr) {
     const auto [ascending, vectors] = at::linalg_eigh(H);

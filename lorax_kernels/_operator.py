@@ -9,6 +9,8 @@ from . import ops
 
 # A float16 holds 11 bits: the second piece of a float32 is scaled up by as many.
 _PIECE = 2.0**11
+# Gram matrices are held in float32 a few at a time.
+_SCRATCH_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,19 @@ class Stack:
         high = W.half()
         low = ((W - high) * _PIECE).half()
         return Stack((high, low), (1.0, 1 / _PIECE))
+
+    @staticmethod
+    def gram(tall: torch.Tensor, halves: bool, backend: str) -> "Stack":
+        """`W^T W` of `(b, m, n)`, from 16-bit entries under 1/2 in size where `halves`."""
+        if not halves:
+            return Stack((ops.gram(tall, backend=backend),))
+        n = tall.shape[2]
+        step = max(1, _SCRATCH_BYTES // (4 * n * n))
+        # On tensor cores to their own accuracy: the filter needs no more.
+        products = (torch.bmm(W.mT, W, out_dtype=torch.float32) for W in tall.split(step))
+        pieces = [Stack.of(G, halves) for G in products]
+        parts = zip(*(piece.parts for piece in pieces), strict=True)
+        return Stack(tuple(torch.cat(part) for part in parts), pieces[0].factors)
 
     @property
     def device(self) -> torch.device:
@@ -60,9 +75,9 @@ class Operator:
 
     W: Stack  # (b, m, n), or (b, n, m) when flipped
     flipped: bool
-    # (b, n, n) the Gram matrix, rounded as the block is in one piece: stands in for W where that is
-    # enough and cheaper.
-    coarse: torch.Tensor | None
+    # (b, n, n) the Gram matrix: stands in for W in a filter where that is cheaper. What its own
+    # rounding leaves is for W to finish.
+    G: Stack | None
     backend: str
 
     @property
@@ -90,11 +105,10 @@ class Operator:
 
     def apply(self, X: torch.Tensor, pieces: int = 1) -> torch.Tensor:
         """`A X`; with one piece to the accuracy that a filter step needs."""
-        if self.coarse is not None and pieces == 1:
-            return ops.thin_matmul(self.coarse, X, transpose=False, pieces=1, backend=self.backend)
+        if self.G is not None:
+            return self.G.times(X, False, pieces, self.backend)
         return self.backward(self.forward(X, pieces), pieces)
 
     def __getitem__(self, index: torch.Tensor) -> "Operator":
         """The operators of the matrices that `index` names."""
-        coarse = None if self.coarse is None else self.coarse[index]
-        return replace(self, W=self.W[index], coarse=coarse)
+        return replace(self, W=self.W[index], G=None if self.G is None else self.G[index])

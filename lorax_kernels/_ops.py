@@ -84,7 +84,7 @@ def check_symmetric_eigh(H: torch.Tensor) -> None:
     _same("rows and columns of H", H.shape[1], H.shape[2])
 
 
-def _symmetric_eigh_fake(H: torch.Tensor, quick: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _symmetric_eigh_fake(H: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     check_symmetric_eigh(H)
     return H.new_empty(H.shape[0], H.shape[1]), H.new_empty(H.shape)
 
@@ -169,7 +169,7 @@ _define(
 )
 _define("gram", "(Tensor X, ScalarType dtype) -> Tensor", _gram_fake)
 _define("orthonormalize", "(Tensor X, bool quick) -> Tensor", _orthonormalize_fake)
-_define("symmetric_eigh", "(Tensor H, bool quick) -> (Tensor, Tensor)", _symmetric_eigh_fake)
+_define("symmetric_eigh", "(Tensor H) -> (Tensor, Tensor)", _symmetric_eigh_fake)
 _define("rotate", "(Tensor X, Tensor R) -> Tensor", _rotate_fake)
 _define("shift", "(Tensor Z, Tensor X, Tensor a, Tensor s) -> Tensor", _shift_fake)
 _define("project", "(Tensor[] blocks, Tensor[] read, Tensor[] write) -> Tensor[]", _project_fake)

@@ -33,6 +33,8 @@ CUDA = Costs(thin=550e12, gram=600e12, exact_gram=60e12, eigh=0.6e12, block=6e12
 # the others belong to MLPs and are flatter (12 and 17 on average in SmolLM2-135M at rank 64).
 _DEGREE = 12
 _DEGREE_OBLONG = 16
+# Degrees that cost as much as a look.
+_LOOK = 4
 # Steps of the block that `_DEGREE` degrees take.
 _BLOCK_STEPS = 15
 
@@ -102,8 +104,8 @@ def plan(
     on_weights = degree * pieces * 4 * long * short * width / costs.thin
     on_gram = degree * 2 * short**2 * width / costs.thin
     if halves:
-        # The last third, which rounds the block to two pieces, stays with the weights.
-        on_gram = (2 * on_gram + on_weights) / 3
+        # A look stays with the weights, and in two pieces it costs as much as four degrees.
+        on_gram += on_weights * _LOOK / degree
     forming = 2 * long * short**2 / costs.gram
     block = _BLOCK_STEPS * min(degree / _DEGREE, 1) * short * width**2 / costs.block
     # In float16 sums of more squares than this leave its range.

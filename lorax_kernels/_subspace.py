@@ -25,7 +25,7 @@ from ._estimates import outside_error, residual_error
 from ._operator import Operator, Stack
 
 # Degrees a cycle may have. Few, because matrices that need the same degree run as one batch.
-_DEGREES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
+_DEGREES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24)
 # Before the second look the damped interval is a guess from a nearly random block, and degrees
 # spent on a wrong interval are lost; on a GPU products are cheap against a look's eigenproblem.
 _FIRST_DEGREE = 4
@@ -220,7 +220,7 @@ def _solve(A: Operator, Q: torch.Tensor, k: int, tol: float, left: int, stage: i
     count = Q.shape[0]
     if stage >= _GLANCES:
         # What the Gram matrix could do is done.
-        A = replace(A, coarse=None)
+        A = replace(A, G=None)
     glances = stage < _GLANCES and left >= _ENOUGH_LEFT
     ritz = _glance(A, Q, k) if glances else _rayleigh_ritz(A, Q, k)
     del Q
@@ -299,12 +299,11 @@ def iterate(
     count, m, n = W.shape
     flipped = n > m
     halves = W.is_cuda and _backends.requested(backend) != "reference"
-    weights, coarse = Stack.of(W, halves), None
+    weights, G = Stack.of(W, halves), None
     if use_gram and not warm:
-        tall = weights.parts[0].mT if flipped else weights.parts[0]
-        # In float16 where weights are: sums of squares of entries under 1/2 stay in its range.
-        coarse = torch.bmm(tall.mT, tall) if halves else ops.gram(tall, backend=backend)
-    A = Operator(weights, flipped, coarse, backend)
+        first = weights.parts[0]
+        G = Stack.gram(first.mT if flipped else first, halves, backend)
+    A = Operator(weights, flipped, G, backend)
     Q = start.expand(count, -1, -1).contiguous()
     spent = 0
     if not warm:

@@ -29,7 +29,7 @@ def _inputs(n: int, l: int) -> dict[str, tuple]:
         "thin_matmul": (W, X, True, 2),
         "gram": (X, torch.float32),
         "orthonormalize": (X, False),
-        "symmetric_eigh": (H + H.mT, False),
+        "symmetric_eigh": (H + H.mT,),
         "rotate": (X, torch.randn(2, l, 4)),
         "shift": (X, torch.randn(2, n, l), torch.randn(2), torch.randn(2)),
         "project": lists,

@@ -25,16 +25,11 @@ _backends.register(
 )
 
 
-def symmetric_eigh(
-    H: torch.Tensor, *, quick: bool = False, backend: str = "auto"
-) -> tuple[torch.Tensor, torch.Tensor]:
+def symmetric_eigh(H: torch.Tensor, *, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
     """Eigendecomposition of a batch of symmetric matrices, largest eigenvalue first.
 
     Args:
         H: `(b, l, l)`; float32 or float64, symmetric.
-        quick: nearly diagonal will do, as between two steps of an iteration. The second result is
-            then orthogonal as ever, and the first the diagonal of `V^T H V`, whose other elements
-            may be up to about a hundredth of the largest. A backend may do better.
         backend: "auto", "cuda", "triton" or "reference".
 
     Returns:
@@ -49,4 +44,4 @@ def symmetric_eigh(
         tensor([[3., 1.]])
     """
     _ops.check_symmetric_eigh(H)
-    return _backends.select("symmetric_eigh", backend, H, quick)(H, quick)
+    return _backends.select("symmetric_eigh", backend, H)(H)

@@ -9,13 +9,8 @@ import torch
 _LARGE = 256
 
 
-def symmetric_eigh_reference(
-    H: torch.Tensor, quick: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues `(b, l)` in descending order and their eigenvectors `(b, l, l)` as columns.
-
-    LAPACK has nothing to save where `quick` results would do.
-    """
+def symmetric_eigh_reference(H: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues `(b, l)` in descending order and their eigenvectors `(b, l, l)` as columns."""
     if H.device.type == "cpu" and H.shape[0] > 1 and H.shape[1] >= _LARGE:
         values, vectors = _one_a_thread(H)
     else:
