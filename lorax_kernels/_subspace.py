@@ -3,11 +3,11 @@
 
 A block `Q` of `l > k` orthonormal columns is filtered by a polynomial in `A = W^T W` that is small
 on `[0, b]` and grows as fast as a polynomial can beyond it (a Chebyshev polynomial; `b` is the
-smallest Ritz value, just under the eigenvalues that the block cannot hold). The polynomial is
-applied as a product of shifts by its roots, in Leja order, so that the block can be orthonormalised
-between any two factors: the three-term recurrence would overflow on spectra with outliers. After a
-cycle of factors a Rayleigh-Ritz step reads off the singular triplets, and the residual, which the
-next factor needs anyway, gives the error left.
+least the block holds, about the largest eigenvalue that it cannot hold). The polynomial is applied
+as a product of shifts by its roots, in Leja order, so that the block can be orthonormalised between
+any two factors: the three-term recurrence would overflow on spectra with outliers. The first cycles
+are steered by Rayleigh quotients of the block's columns; after them a Rayleigh-Ritz step reads off
+the singular triplets, and the residual, which the next factor needs anyway, gives the error left.
 
 Sources: Halko, Martinsson, Tropp, SIAM Review 53 (2011), for the range finder; Zhou, Saad, Tiago,
 Chelikowsky, J. Comput. Phys. 219 (2006), for the filter; Feng, Yu, Xie, arXiv 2404.09276 (2024),
@@ -27,9 +27,8 @@ from ._operator import Operator, Stack
 # Degrees a cycle may have. Few, because matrices that need the same degree run as one batch.
 _DEGREES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24)
 # Before the second look the damped interval is a guess from a nearly random block, and degrees
-# spent on a wrong interval are lost; on a GPU products are cheap against a look's eigenproblem.
-_FIRST_DEGREE = 4
-_FIRST_DEGREE_ON_GPU = 6
+# spent on a wrong interval are lost.
+_FIRST_DEGREE = 6
 # Between two orthonormalisations the leading directions may outgrow the rest by this factor. Ritz
 # vectors hold little of each other's directions, so that float32 has digits left for the smallest.
 _GROWTH_CAP = 1e6
@@ -227,9 +226,8 @@ def _solve(A: Operator, Q: torch.Tensor, k: int, tol: float, left: int, stage: i
     left -= 2
     cycle = _next_cycle(A, ritz, k, tol)
     if stage == 0:
-        first = _FIRST_DEGREE_ON_GPU if A.on_gpu else _FIRST_DEGREE
         going = cycle.coarse + cycle.fine > 0
-        cycle = _Cycle(torch.where(going, first, 0), torch.zeros_like(cycle.fine))
+        cycle = _Cycle(torch.where(going, _FIRST_DEGREE, 0), torch.zeros_like(cycle.fine))
     cycle = cycle.clamp(max(0, left // 2))
     parts = []
     # Matrices with the same cycle run as one batch.

@@ -64,7 +64,8 @@ def truncated_svd(
     For the top `rank` directions of weight matrices, where a full SVD takes seconds and a fixed
     number of power iterations is wrong by tens of per cent because the spectra are flat. Each
     matrix is iterated until its own estimated error is below `tol`; small matrices and high ranks
-    are decomposed exactly. Results do not depend on what else is in the batch.
+    are decomposed exactly. On a CPU results do not depend on what else is in the batch; on a GPU
+    matrices of one shape share their filter, so that they do, within `tol`.
 
     Args:
         W: one matrix `(m, n)`, a stack `(b, m, n)`, or a list of matrices of any shapes, dtypes
