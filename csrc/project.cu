@@ -4,6 +4,7 @@
 // cannot write in one after.
 #include <ATen/core/Tensor.h>
 #include <ATen/cuda/CUDAContext.h>
+#include <ATen/cuda/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -73,13 +74,15 @@ struct Precision {
   cublasComputeType_t compute;
 };
 
-// One 16-bit dtype is multiplied in it. A bfloat16 block with wider bases loses nothing in TF32,
-// whose rounding is a quarter of the result's own. For anything else float32 is not enough: a
-// batched product adds up a column in one float32 sum, ten times as wrong as PyTorch's split ones.
+// One 16-bit dtype is multiplied in it. A bfloat16 block with wider bases takes float32 sums, far
+// below its result's rounding; not TF32, whose own rounding shows where a result that bfloat16
+// holds exactly is left, as with a basis of the whole space. For anything else float32 is not
+// enough: a batched product adds up a column in one float32 sum, ten times as wrong as PyTorch's
+// split ones.
 Precision precision_of(at::ScalarType block, at::ScalarType read, at::ScalarType write) {
   const bool is_half = block == at::kBFloat16 || block == at::kHalf;
   if (is_half && read == block && write == block) return {block, CUBLAS_COMPUTE_32F};
-  if (block == at::kBFloat16) return {at::kFloat, CUBLAS_COMPUTE_32F_FAST_TF32};
+  if (block == at::kBFloat16) return {at::kFloat, CUBLAS_COMPUTE_32F};
   return {at::kDouble, CUBLAS_COMPUTE_64F};
 }
 
@@ -241,27 +244,6 @@ class Batch {
   bool is_direct_;
 };
 
-// The results of one dtype, in one allocation; each starts on a multiple of 16 bytes.
-struct Results {
-  at::Tensor memory;
-  int64_t elements = 0;
-
-  int64_t reserve(int64_t count, int64_t vector) {
-    const int64_t start = elements;
-    elements += round_up(count, vector);
-    return start;
-  }
-  // Made after the launches, so that the device works meanwhile; built by hand, because a view
-  // through the dispatcher takes ten times as long.
-  at::Tensor view(int64_t start, int64_t rows, int64_t columns) const {
-    auto impl = c10::make_intrusive<at::TensorImpl>(c10::Storage(memory.storage()),
-                                                    memory.key_set(), memory.dtype());
-    impl->set_storage_offset(start);
-    impl->set_sizes_contiguous({rows, columns});
-    return at::Tensor(std::move(impl));
-  }
-};
-
 }  // namespace
 
 std::vector<at::Tensor> project(at::TensorList blocks, at::TensorList read, at::TensorList write) {
@@ -273,22 +255,18 @@ std::vector<at::Tensor> project(at::TensorList blocks, at::TensorList read, at::
   const c10::Device device = blocks[0].device();
   const c10::cuda::CUDAGuard guard(device);
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  std::map<at::ScalarType, Results> memory;
-  std::vector<int64_t> start(count);
-  for (size_t i = 0; i < count; ++i) {
-    check_entry(i, blocks[i], read[i], write[i], device);
-    start[i] = memory[blocks[i].scalar_type()].reserve(write[i].size(0) * blocks[i].size(1),
-                                                       16 / int64_t(blocks[i].element_size()));
-  }
-  for (auto& [type, results] : memory) {
-    results.memory = at::empty({results.elements}, blocks[0].options().dtype(type));
-  }
+  for (size_t i = 0; i < count; ++i) check_entry(i, blocks[i], read[i], write[i], device);
 
+  std::vector<at::Tensor> outputs;
+  outputs.reserve(count);
   std::map<Shape, std::vector<Layer>> batches;
   for (size_t i = 0; i < count; ++i) {
     const at::Tensor &B = blocks[i], &Q = read[i], &P = write[i];
-    const at::Tensor& results = memory[B.scalar_type()].memory;
-    char* out = static_cast<char*>(results.mutable_data_ptr()) + start[i] * B.element_size();
+    // Each its own memory, as results of an op must be; past the dispatcher, which would take
+    // longer than the allocator.
+    outputs.push_back(
+        at::detail::empty_cuda({P.size(0), B.size(1)}, B.scalar_type(), device, std::nullopt));
+    void* out = outputs.back().mutable_data_ptr();
     if (B.size(1) == 0 || P.size(0) == 0) continue;
     if (B.size(0) == 0 || Q.size(1) == 0) {
       const int64_t bytes = P.size(0) * B.size(1) * int64_t(B.element_size());
@@ -312,13 +290,6 @@ std::vector<at::Tensor> project(at::TensorList blocks, at::TensorList read, at::
   }
   for (const auto& [shape, layers] : batches) {
     Batch(shape, layers, blocks[0].options()).run(stream);
-  }
-
-  std::vector<at::Tensor> outputs;
-  outputs.reserve(count);
-  for (size_t i = 0; i < count; ++i) {
-    outputs.push_back(
-        memory[blocks[i].scalar_type()].view(start[i], write[i].size(0), blocks[i].size(1)));
   }
   return outputs;
 }
