@@ -12,6 +12,7 @@ Switches (environment):
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -59,6 +60,9 @@ then `pip install --no-build-isolation .`",
         "name": "lorax_kernels._C",
         "include_dirs": [str(Path(__file__).resolve().parent / "csrc"), *library_headers()],
         "define_macros": [("LORAX_WITH_CUDA", "1")] if with_cuda else [],
+        # A compiler that links its own libstdc++ in must keep it to itself: mixed with the one
+        # that torch loaded, formatting a number for a message fails or crashes.
+        "extra_link_args": ["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else [],
     }
     if with_cuda:
         extension = cpp_extension.CUDAExtension(

@@ -2,6 +2,9 @@
 """`project` on a GPU: both kernel backends against float64."""
 
 import itertools
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -112,7 +115,7 @@ def test_wide_blocks_with_two_bases_and_strides(backend, generator):
 
 
 def test_bad_input(backend):
-    """The compiled op checks for itself; messages name the entry."""
+    """Messages name the entry."""
     one = torch.ones(4, 2, device="cuda")
     with pytest.raises(ValueError, match="entry 1: rows of the block and of its read basis"):
         project([one, one], [one, torch.ones(5, 2, device="cuda")], backend=backend)
@@ -122,6 +125,26 @@ def test_bad_input(backend):
         project([one[0]], [one], backend=backend)
     with pytest.raises(ValueError, match="lists of one length, got 1, 2 and 2"):
         project([one], [one, one], backend=backend)
+
+
+def test_compiled_op_checks_for_itself():
+    """Called past `project`; in its own process, because what it guards against is a crash."""
+    if not lk.backends()[0].available:
+        pytest.skip(lk.backends()[0].reason)
+    lines = """
+    import torch, lorax_kernels
+    lorax_kernels.backends()
+    one = torch.ones(4, 2, device="cuda")
+    try:
+        torch.ops.lorax_kernels.project([one, one], [one, one[1:]], [one, one])
+    except ValueError as error:
+        print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(lines)], capture_output=True, text=True, check=False
+    )
+    assert "entry 1: rows of the block" in done.stdout, (done.returncode, done.stderr[-2000:])
+    assert "got 4 and 3" in done.stdout
 
 
 def test_mixed_dtypes_in_one_call(backend, generator):
