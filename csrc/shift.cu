@@ -23,7 +23,7 @@ at::Tensor shift(const at::Tensor& Z, const at::Tensor& X, const at::Tensor& a,
   if (out.numel() == 0) return out;
   C10_CUDA_CHECK(launch_shift(left.const_data_ptr<float>(), right.const_data_ptr<float>(),
                               roots.const_data_ptr<float>(), factors.const_data_ptr<float>(),
-                              out.mutable_data_ptr<float>(), Z.size(0), Z.size(1) * Z.size(2),
+                              out.mutable_data_ptr<float>(), Z.size(0), Z.size(1), Z.size(2),
                               c10::cuda::getCurrentCUDAStream()));
   return out;
 }

@@ -111,8 +111,9 @@ def check_shift(Z: torch.Tensor, X: torch.Tensor, a: torch.Tensor, s: torch.Tens
     for name, values in (("a", a), ("s", s)):
         if values.dtype != torch.float32:
             raise TypeError(f"{name} must be float32, got {values.dtype}; convert it first")
-        _same(f"shape of {name} and (batch,)", tuple(values.shape), (Z.shape[0],))
         _same(f"devices of Z and {name}", Z.device, values.device)
+    _same("shape of a and (batch,)", tuple(a.shape), (Z.shape[0],))
+    _same("shape of s and (batch, columns)", tuple(s.shape), (Z.shape[0], Z.shape[2]))
     _same("devices of Z and X", Z.device, X.device)
 
 

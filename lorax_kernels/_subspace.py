@@ -26,9 +26,9 @@ from ._operator import Operator, Stack
 
 # Degrees a cycle may have. Few, because matrices that need the same degree run as one batch.
 _DEGREES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24)
-# Before the second look the damped interval is a guess from a nearly random block, and degrees
-# spent on a wrong interval are lost.
-_FIRST_DEGREE = 6
+# Degrees of the first cycles at most. The interval that they damp is a guess from a nearly random
+# block, and degrees spent on a wrong interval are lost; a glance at what they made is cheap.
+_SHORT_CYCLES = (6, 8)
 # Between two orthonormalisations the leading directions may outgrow the rest by this factor. Ritz
 # vectors hold little of each other's directions, so that float32 has digits left for the smallest.
 _GROWTH_CAP = 1e6
@@ -37,12 +37,9 @@ _GROWTH_CAP = 1e6
 _AIM = 0.5
 _ENOUGH = 0.8
 # Within this factor of what rounding of the block leaves, the block is taken in two pieces.
-_NEAR_FLOOR = 8
+_NEAR_FLOOR = 4
 # Cycles that start with a glance; a warm start is past them.
-_GLANCES = 2
-# What a glance's degrees are multiplied by: the interval it damps is still short. A degree too many
-# costs two products, one too few another look.
-_GLANCED = 1.5
+_GLANCES = 3
 # Products that must be left for a glance to be followed by a look that judges.
 _ENOUGH_LEFT = 8
 # Spread of the Ritz values from which float32 rounding shows in residuals.
@@ -85,14 +82,15 @@ class _Ritz:
     Q: torch.Tensor  # (b, n, l) Ritz vectors, or after a glance the block itself
     Y: torch.Tensor | None  # (b, m, l) W Q; None after a glance
     Z: torch.Tensor  # (b, n, l) A Q
-    theta: torch.Tensor  # (b, l) Ritz values of A, descending
+    quotients: torch.Tensor  # (b, l) Rayleigh quotients of A, column by column
+    theta: torch.Tensor  # (b, l) the same in descending order: Ritz values, or near them
     error: torch.Tensor  # (b,) estimated projector error of the leading k
     planned: torch.Tensor  # (b,) what is left to damp: the same, not capped at a right angle
 
     def __getitem__(self, index: torch.Tensor) -> "_Ritz":
         """The entries of the stack that `index` names."""
         Y = None if self.Y is None else self.Y[index]
-        rest = (self.Z, self.theta, self.error, self.planned)
+        rest = (self.Z, self.quotients, self.theta, self.error, self.planned)
         return _Ritz(self.Q[index], Y, *(t[index] for t in rest))
 
 
@@ -106,10 +104,13 @@ def _glance(A: Operator, Q: torch.Tensor, k: int) -> _Ritz:
     Z = A.apply(Q)
     H = torch.bmm(Q.mT, Z)
     rho = Z - ops.rotate(Q, H, backend=A.backend)
-    theta, order = torch.diagonal(H, dim1=1, dim2=2).clamp_min(0).sort(dim=1, descending=True)
+    quotients = torch.diagonal(H, dim1=1, dim2=2).clamp_min(0)
+    theta, order = quotients.sort(dim=1, descending=True)
     squares = (rho * rho).sum(dim=1).gather(1, order)
+    # Of the columns beyond k, the last ones hold the block's end between them.
+    theta[:, -1] = theta[:, -max(1, theta.shape[1] // 16) :].mean(dim=1)
     planned = outside_error(squares, theta, k, A.rows)
-    return _Ritz(Q, None, Z, theta, planned, planned)
+    return _Ritz(Q, None, Z, quotients, theta, planned, planned)
 
 
 def _rayleigh_ritz(A: Operator, Q: torch.Tensor, k: int) -> _Ritz:
@@ -130,7 +131,7 @@ def _rayleigh_ritz(A: Operator, Q: torch.Tensor, k: int) -> _Ritz:
     else:
         rho = torch.addcmul(Z, Q, theta.float()[:, None], value=-1)
     error, planned = residual_error(ops.gram(rho, backend=backend), theta, k, A.rows)
-    return _Ritz(Q, Y, Z, theta, error, planned)
+    return _Ritz(Q, Y, Z, theta.float(), theta, error, planned)
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,14 @@ class _Cycle:
 
     coarse: torch.Tensor  # (b,) degree with the block rounded to one piece
     fine: torch.Tensor  # (b,) degree after that, with the block in two pieces
+
+    def cut(self, degree: int) -> "_Cycle":
+        """No more than `degree` degrees, and none of them fine where there would be more."""
+        total = self.coarse + self.fine
+        return _Cycle(
+            torch.where(total > degree, degree, self.coarse),
+            torch.where(total > degree, 0, self.fine),
+        )
 
     def clamp(self, most: int) -> "_Cycle":
         """The same with `most` degrees at most."""
@@ -157,12 +166,10 @@ def _next_cycle(A: Operator, ritz: _Ritz, k: int, tol: float) -> _Cycle:
     rate = torch.acosh((2 * last / first_beyond - 1).clamp_min(1 + 1e-9))
     floor = A.rounding * last / (last - first_beyond).clamp_min(1e-9 * last + 1e-300)
     aim = torch.full_like(floor, _AIM * tol)
-    turn = torch.where(ritz.planned < _NEAR_FLOOR * floor, ritz.planned, 2 * floor)
+    turn = torch.where(ritz.planned < _NEAR_FLOOR * floor, ritz.planned, floor)
     turn = torch.maximum(turn, aim)
     coarse = torch.acosh((ritz.planned / turn).clamp_min(1)) / rate
     fine = torch.acosh(turn / aim) / rate
-    if ritz.Y is None:
-        coarse, fine = _GLANCED * coarse, _GLANCED * fine
     degrees = torch.stack([_listed(coarse), _listed(fine)])
     degrees = torch.where(ritz.error <= _ENOUGH * tol, 0, degrees).cpu()
     if A.on_gpu:
@@ -189,7 +196,9 @@ def _filter(A: Operator, ritz: _Ritz, coarse: int, fine: int) -> torch.Tensor:
     for j, (root, pieces) in enumerate(factors):
         if j:
             Z = A.apply(X, pieces)
-        X = ops.shift(Z, X, root * b, 2 / b, backend=A.backend)
+        # The factor's own size for a column above b, which keeps the block in float16's range.
+        size = torch.maximum(ritz.quotients - (root * b)[:, None], b[:, None] / 2)
+        X = ops.shift(Z, X, root * b, 1 / size, backend=A.backend)
         growth *= gain
         if j + 1 < len(factors) and growth * gain > _GROWTH_CAP:
             X, growth = ops.orthonormalize(X, quick=True, backend=A.backend), 1.0
@@ -225,9 +234,8 @@ def _solve(A: Operator, Q: torch.Tensor, k: int, tol: float, left: int, stage: i
     del Q
     left -= 2
     cycle = _next_cycle(A, ritz, k, tol)
-    if stage == 0:
-        going = cycle.coarse + cycle.fine > 0
-        cycle = _Cycle(torch.where(going, _FIRST_DEGREE, 0), torch.zeros_like(cycle.fine))
+    if stage < len(_SHORT_CYCLES) and ritz.Y is None:
+        cycle = cycle.cut(_SHORT_CYCLES[stage])
     cycle = cycle.clamp(max(0, left // 2))
     parts = []
     # Matrices with the same cycle run as one batch.

@@ -151,7 +151,9 @@ def block_cases() -> Iterator[Case]:
         yield Case(
             "shift",
             name,
-            lambda backend, Z=Z, X=X, a=a: ops.shift(Z, X, a, a, backend=backend),
+            lambda backend, Z=Z, X=X, a=a: ops.shift(
+                Z, X, a, a[:, None].expand(-1, X.shape[2]), backend=backend
+            ),
             0.0,
             3 * size,
             lambda C, Z=Z, e=exact, a=a: relative(

@@ -163,10 +163,10 @@ def test_rotate_scales(backend: str, scale: float, which: str) -> None:
 @pytest.mark.parametrize("shape", [*cases.BLOCK_SHAPES, (3, 1024, 512)], ids=cases.label)
 def test_shift(backend: str, shape: tuple[int, ...]) -> None:
     Z, X = _normal(*shape), _normal(*shape)
-    a, s = _normal(shape[0]), _normal(shape[0])
+    a, s = _normal(shape[0]), _normal(shape[0], shape[2])
     for z, x in ((Z, X), (cases.awkward(Z), cases.awkward(X))):
         found = ops.shift(z, x, a, s, backend=backend)
-        exact = (z.double() - a.double()[:, None, None] * x) * s.double()[:, None, None]
+        exact = (z.double() - a.double()[:, None, None] * x) * s.double()[:, None]
         # Three roundings, of which the second may lose bits by cancellation.
         assert cases.relative(found, exact) < 4 * torch.finfo(torch.float32).eps
     assert found.is_contiguous()
@@ -320,7 +320,7 @@ def test_empty_batches(backend: str) -> None:
     assert ops.rotate(X, X.mT, backend=backend).shape == (0, 6, 6)
     assert ops.symmetric_eigh(X.mT @ X, backend=backend)[0].shape == (0, 4)
     none = torch.empty(0, device="cuda")
-    assert ops.shift(X, X, none, none, backend=backend).shape == (0, 6, 4)
+    assert ops.shift(X, X, none, X[:, 0], backend=backend).shape == (0, 6, 4)
 
 
 def test_smallest_of_each() -> None:
@@ -334,7 +334,7 @@ def test_smallest_of_each() -> None:
     ops.gram(X, backend="cuda")
     ops.gram(X, dtype=torch.float64, backend="cuda")
     ops.rotate(X, R * 1e9, backend="cuda")
-    ops.shift(X, X, _normal(2), _normal(2), backend="cuda")
+    ops.shift(X, X, _normal(2), _normal(2, 70), backend="cuda")
     hard = cases.hard_blocks(131, 70, device="cuda")["rank two"]
     for quick in (False, True):
         Q = ops.orthonormalize(hard, quick=quick, backend="cuda")
@@ -353,7 +353,7 @@ def test_poisoned_memory_never_shows(backend: str, op: str) -> None:
     elif op == "rotate":
         C = ops.rotate(X, _normal(2, 37, 5), backend=backend)
     elif op == "shift":
-        C = ops.shift(X, X, _normal(2), _normal(2), backend=backend)
+        C = ops.shift(X, X, _normal(2), _normal(2, 37), backend=backend)
     else:
         C = getattr(ops, op)(X, backend=backend)
     assert C.isfinite().all()

@@ -33,7 +33,7 @@ void use(float* f, double* d, uint32_t* u, __half* h, __nv_bfloat16* b, Jacobi j
   launch_off_diagonal(f, u, 1, 64, 0);
   launch_jacobi_start(j, f, 1, 0);
   launch_jacobi_sweep(j, 0, i, 0);
-  launch_shift(f, f, f, f, f, 1, 1, 0);
+  launch_shift(f, f, f, f, f, 1, 1, 1, 0);
 }
 """
 

@@ -31,7 +31,7 @@ def _inputs(n: int, l: int) -> dict[str, tuple]:
         "orthonormalize": (X, False),
         "symmetric_eigh": (H + H.mT,),
         "rotate": (X, torch.randn(2, l, 4)),
-        "shift": (X, torch.randn(2, n, l), torch.randn(2), torch.randn(2)),
+        "shift": (X, torch.randn(2, n, l), torch.randn(2), torch.randn(2, l)),
         "project": lists,
     }
 
@@ -45,7 +45,7 @@ def _exact(op: str, *arguments: object) -> torch.Tensor:
         return wide[0].mT @ wide[0]
     if op == "rotate":
         return wide[0] @ wide[1]
-    return (wide[0] - wide[2][:, None, None] * wide[1]) * wide[3][:, None, None]
+    return (wide[0] - wide[2][:, None, None] * wide[1]) * wide[3][:, None]
 
 
 OPS = sorted(_inputs(3, 2))

@@ -81,9 +81,9 @@ def test_rotate() -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 63, 7), (1, 1025, 3)], ids=cases.label)
 def test_shift(shape: tuple[int, ...]) -> None:
     Z, X = torch.randn(shape), torch.randn(shape)
-    a, s = torch.randn(shape[0]), torch.randn(shape[0])
+    a, s = torch.randn(shape[0]), torch.randn(shape[0], shape[2])
     found = ops.shift(cases.awkward(Z), cases.awkward(X), a, s, backend="triton")
-    exact = (Z.double() - a.double()[:, None, None] * X) * s.double()[:, None, None]
+    exact = (Z.double() - a.double()[:, None, None] * X) * s.double()[:, None]
     assert cases.relative(found, exact) < 4 * torch.finfo(torch.float32).eps
 
 

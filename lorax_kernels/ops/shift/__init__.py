@@ -34,7 +34,7 @@ def shift(
         Z: `(b, n, l)`; float32.
         X: `(b, n, l)`; float32.
         a: `(b,)`, the root of each matrix's factor; float32.
-        s: `(b,)`, what each matrix's result is multiplied by; float32.
+        s: `(b, l)`, what each column of the result is multiplied by; float32.
         backend: "auto", "cuda", "triton" or "reference".
 
     Returns:
@@ -46,7 +46,7 @@ def shift(
 
     Example:
         >>> Z, X = torch.full((1, 2, 1), 5.0), torch.ones(1, 2, 1)
-        >>> shift(Z, X, torch.tensor([3.0]), torch.tensor([0.5]))
+        >>> shift(Z, X, torch.tensor([3.0]), torch.tensor([[0.5]]))
         tensor([[[1.],
                  [1.]]])
     """

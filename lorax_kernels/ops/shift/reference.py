@@ -7,5 +7,5 @@ import torch
 def shift_reference(
     Z: torch.Tensor, X: torch.Tensor, a: torch.Tensor, s: torch.Tensor
 ) -> torch.Tensor:
-    """`(Z - a X) s` for each block, with one `a` and one `s` a matrix."""
-    return (Z - a[:, None, None] * X) * s[:, None, None]
+    """`(Z - a X) s` for each block, with one `a` a matrix and one `s` a column."""
+    return (Z - a[:, None, None] * X) * s[:, None]

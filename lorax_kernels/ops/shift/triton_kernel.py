@@ -10,11 +10,12 @@ _TILE = 2048
 
 
 @triton.jit
-def shift_kernel(Z, X, a, s, out, size, TILE: tl.constexpr):
-    """out[b] = (Z[b] - a[b] X[b]) s[b].
+def shift_kernel(Z, X, a, s, out, size, columns, TILE: tl.constexpr):
+    """out[b][:, j] = (Z[b][:, j] - a[b] X[b][:, j]) s[b][j].
 
-    Z, X, out  (batch, size) float32, contiguous
-    a, s       (batch,)      float32
+    Z, X, out  (batch, size)    float32, contiguous, rows of `columns` one after the other
+    a          (batch,)         float32
+    s          (batch, columns) float32
     """
     batch = tl.program_id(1)
     start = tl.program_id(0).to(tl.int64) * TILE
@@ -22,7 +23,7 @@ def shift_kernel(Z, X, a, s, out, size, TILE: tl.constexpr):
     at = batch.to(tl.int64) * size + within
     inside = within < size
     root = tl.load(a + batch)
-    factor = tl.load(s + batch)
+    factor = tl.load(s + batch.to(tl.int64) * columns + within % columns, mask=inside)
     z = tl.load(Z + at, mask=inside)
     x = tl.load(X + at, mask=inside)
     tl.store(out + at, (z - root * x) * factor, mask=inside)
@@ -37,6 +38,6 @@ def shift_triton(
     size = Z[0].numel() if len(Z) else 0
     if out.numel():
         shift_kernel[(triton.cdiv(size, _TILE), len(Z))](
-            Z, X, a.contiguous(), s.contiguous(), out, size, TILE=_TILE
+            Z, X, a.contiguous(), s.contiguous(), out, size, Z.shape[2], TILE=_TILE
         )
     return out
