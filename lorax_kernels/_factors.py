@@ -62,15 +62,13 @@ class Layers:
         source: torch.Tensor | Sequence[torch.Tensor],
         target: torch.Tensor | Sequence[torch.Tensor],
         scale: float | Sequence[float],
-        strength: float,
+        strength: float | Sequence[float],
         rank: int | None,
     ) -> None:
         tensors = (lora_B, lora_A, source, target)
         singles = [isinstance(x, torch.Tensor) for x in tensors]
         if any(singles) and not all(singles):
             raise ValueError("lora_B, lora_A, source and target must be all single or all lists")
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength is a share in [0, 1], got {strength}")
         if rank is not None and rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
         self.is_single = all(singles)
@@ -78,7 +76,12 @@ class Layers:
         self.B, self.A, self.source, self.target = lists
         count = len(self.B)
         self.scales = [float(scale)] * count if isinstance(scale, int | float) else list(scale)
-        lengths = [*map(len, lists), len(self.scales)]
+        is_one = isinstance(strength, int | float)
+        self.strengths = [float(strength)] * count if is_one else list(strength)
+        for share in self.strengths:
+            if not 0 <= share <= 1:
+                raise ValueError(f"strength is a share in [0, 1], got {share:g}")
+        lengths = [*map(len, lists), len(self.scales), len(self.strengths)]
         if len(set(lengths)) > 1:
             raise ValueError(f"one entry a layer is needed in every list, got lengths {lengths}")
         if any(s == 0 for s in self.scales):

@@ -40,7 +40,7 @@ def restore_lora(
     target: Sequence[torch.Tensor],
     *,
     scale: float | Sequence[float] = ...,
-    strength: float = ...,
+    strength: float | Sequence[float] = ...,
     directions: int = ...,
     rank: int | None = ...,
     backend: str = ...,
@@ -54,7 +54,7 @@ def restore_lora(
     target: torch.Tensor | Sequence[torch.Tensor],
     *,
     scale: float | Sequence[float] = 1.0,
-    strength: float = 1.0,
+    strength: float | Sequence[float] = 1.0,
     directions: int = 16,
     rank: int | None = None,
     backend: str = "auto",
@@ -74,7 +74,8 @@ def restore_lora(
         target: the target's weight `W_t` `(m, n)`; or a list.
         scale: `s`, what multiplies `B A` (alpha/r), not zero; for lists one, or one a layer. The
             result is to be used with the same.
-        strength: `w`, the share of those directions to undo, in [0, 1].
+        strength: `w`, the share of those directions to undo, in [0, 1]; for lists one, or one a
+            layer.
         directions: `q`, directions of the drift to undo; capped at the shorter side of a weight.
         rank: rank of the result, by recompression; None for `r + q`, exactly.
         backend: "auto", "cuda", "triton" or "reference".
@@ -97,8 +98,8 @@ def restore_lora(
     layers = Layers(lora_B, lora_A, source, target, scale, strength, rank)
     wide, tall = [], []
     drifts = _drifts(layers, directions, backend, workspace)
-    for (B, A, _, _, s), drift in zip(layers.rows(), drifts, strict=True):
-        root = (strength * drift.S / abs(s)).sqrt()
+    for (B, A, _, _, s), w, drift in zip(layers.rows(), layers.strengths, drifts, strict=True):
+        root = (w * drift.S / abs(s)).sqrt()
         undo = -root if s > 0 else root
         wide.append(torch.cat([B, (drift.U * undo).to(B.dtype)], dim=1))
         tall.append(torch.cat([A, (drift.V * root).mT.to(A.dtype)]))

@@ -4,7 +4,7 @@
     >>> import lorax_transfer
     >>> report = lorax_transfer.scan("adapter", "old-base", "new-base")  # doctest: +SKIP
     >>> report.recommendation.verdict  # doctest: +SKIP
-    'copy'
+    'anchor'
 
 `transfer` writes the moved adapter, `scan` only measures; both return a `Report`. `resize` cuts an
 adapter to fewer directions and `merge` adds several up; both return a `Recompression`. `fold` makes

@@ -30,7 +30,7 @@ def transfer(
     method: str = "lorax",
     rank: int | None = None,
     energy: float | None = None,
-    strength: float = 1.0,
+    strength: float | None = None,
     directions: int = DEFAULT_DIRECTIONS,
     min_similarity: float | None = None,
     include: str | None = None,
@@ -69,7 +69,8 @@ def transfer(
             the shorter side of its weight, and for a LoRA-X adapter its own rank.
         energy: keep the fewest directions that hold this share of each target weight's energy, in
             (0, 1]; with `rank` at most that many.
-        strength: share of the drift that "anchor" and "restore" undo, in [0, 1].
+        strength: share of the drift that "anchor" and "restore" undo, in [0, 1]; None for all of it
+            with "anchor", and for a share that falls with a layer's drift with "restore".
         directions: directions of each layer's drift that "restore" undoes.
         min_similarity: leave a layer out, instead of moving it, where the similarity of U or V is
             lower, in [0, 1]; ProLoRA used 0.8. The target then has no adapter there.
@@ -176,7 +177,7 @@ def scan(
     method: str = "lorax",
     rank: int | None = None,
     energy: float | None = None,
-    strength: float = 1.0,
+    strength: float | None = None,
     directions: int = DEFAULT_DIRECTIONS,
     min_similarity: float | None = None,
     include: str | None = None,
@@ -190,7 +191,7 @@ def scan(
     progress: Progress | None = None,
     command: str | None = None,
 ) -> Report:
-    """Measure what a transfer would do, and recommend to copy, to project, or not to.
+    """Measure what a transfer would do, and recommend a method, or none.
 
     Every method is measured whatever `method` says; it chooses only which one the table shows
     layer by layer. No adapter is written, and the models are not hashed.
@@ -202,7 +203,7 @@ def scan(
         method: method to show.
         rank: singular directions to keep; by default 320, capped in each layer.
         energy: share of each target weight to keep.
-        strength: share of the drift that "anchor" and "restore" undo.
+        strength: share of the drift that "anchor" and "restore" undo; None as in `transfer`.
         directions: directions of each layer's drift that "restore" undoes.
         min_similarity: layers below it are reported as left out.
         include: regular expression of modules to measure.
@@ -224,7 +225,7 @@ def scan(
 
     Example:
         >>> scan("adapter", "base", "tuned").recommendation.verdict  # doctest: +SKIP
-        'copy'
+        'anchor'
     """
     settings = Settings(
         method,

@@ -11,7 +11,7 @@ import torch
 import lorax_kernels as lk
 
 from .report import Outcome
-from .settings import METHODS, RESHAPING, Settings
+from .settings import METHODS, RESHAPING, Settings, restored_share
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 
@@ -100,12 +100,14 @@ def _undo(
     scales = [batch.scales[i] for i in live]
     strength, backend = settings.strength, settings.backend
     if method == "anchor":
+        strength = 1.0 if strength is None else strength
         done = lk.anchor_lora(*some, scale=scales, strength=strength, sides="both", backend=backend)
     else:
+        shares = [restored_share(batch.drifts[i]) if strength is None else strength for i in live]
         done = lk.restore_lora(
             *some,
             scale=scales,
-            strength=strength,
+            strength=shares,
             directions=settings.directions,
             backend=backend,
             workspace=workspace,

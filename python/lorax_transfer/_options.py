@@ -45,9 +45,13 @@ Method = Annotated[
     ),
 ]
 Strength = Annotated[
-    float,
+    float | None,
     typer.Option(
-        metavar="F", help="Share of the drift that anchor and restore undo.", rich_help_panel=HOW
+        metavar="F",
+        help="Share of the drift that anchor and restore undo; by default all with anchor, and "
+        "less the larger the drift with restore.",
+        show_default=False,
+        rich_help_panel=HOW,
     ),
 ]
 Directions = Annotated[

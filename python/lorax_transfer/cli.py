@@ -43,6 +43,7 @@ from ._options import (
     Verbose,
 )
 from .errors import TransferError
+from .settings import DEFAULT_DIRECTIONS
 
 if TYPE_CHECKING:
     from .report import Report
@@ -98,8 +99,8 @@ def transfer(
     method: Method = "lorax",
     rank: Rank = None,
     energy: Energy = None,
-    strength: Strength = 1.0,
-    directions: Directions = 4,
+    strength: Strength = None,
+    directions: Directions = DEFAULT_DIRECTIONS,
     min_similarity: MinSimilarity = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -180,8 +181,8 @@ def scan(
     method: Method = "lorax",
     rank: Rank = None,
     energy: Energy = None,
-    strength: Strength = 1.0,
-    directions: Directions = 4,
+    strength: Strength = None,
+    directions: Directions = DEFAULT_DIRECTIONS,
     min_similarity: MinSimilarity = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -195,7 +196,7 @@ def scan(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure what moving ADAPTER would do and recommend: copy, project, align, or do not.
+    """Measure what moving ADAPTER would do and recommend a method, or none.
 
     All methods are measured; --method says which one the table shows layer by layer. No adapter is
     written.

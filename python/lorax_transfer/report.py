@@ -209,7 +209,8 @@ class Recommendation:
     """What to do with the adapter.
 
     Attributes:
-        verdict: "copy", "project", "align" or "do not".
+        verdict: "copy", "restore", "anchor", "project" (by method "lorax"), "align" (by method
+            "aligned") or "do not".
         reason: the sentence behind it.
     """
 

@@ -17,7 +17,11 @@ BACKENDS = ("auto", "cuda", "triton", "reference")
 DEFAULT_RANK = 320
 
 # Directions of each layer's drift that "restore" undoes; docs/methods.md has what was measured.
-DEFAULT_DIRECTIONS = 4
+DEFAULT_DIRECTIONS = 16
+
+# Relative size of the drift that "restore" undoes in a layer unless it is told a strength: all of a
+# drift of 0.4 %, half of 0.8 %, a quarter of 1.6 %. docs/quality.md has what that rests on.
+RESTORED = 0.004
 
 # Relative projector error of every basis; the rounding of a bf16 adapter is 4e-3.
 TOLERANCE = 1e-3
@@ -39,7 +43,9 @@ class Settings:
         backend: "auto", "cuda", "triton" or "reference".
         form: of the written adapter: "lorax" (cores), "lora" (factors), or "auto": cores where an
             adapter came as cores and still lies in the target's bases.
-        strength: share of the drift that "anchor" and "restore" undo where they do, in [0, 1].
+        strength: share of the drift that "anchor" and "restore" undo where they do, in [0, 1]; None
+            for all of it with "anchor", and with "restore" for a share that falls with the drift of
+            a layer (`restored_share`).
         directions: singular directions of each layer's drift that "restore" undoes.
 
     Raises:
@@ -56,7 +62,7 @@ class Settings:
     device: str = "auto"
     backend: str = "auto"
     form: str = "auto"
-    strength: float = 1.0
+    strength: float | None = None
     directions: int = DEFAULT_DIRECTIONS
 
     def __post_init__(self) -> None:
@@ -67,7 +73,7 @@ class Settings:
         _one_of("form", self.form, FORMS)
         if self.rank is not None and self.rank < 1:
             raise TransferError(f"rank is {self.rank}, expected 1 or more.")
-        if not 0 <= self.strength <= 1:
+        if self.strength is not None and not 0 <= self.strength <= 1:
             raise TransferError(f"strength is {self.strength}, expected a share in [0, 1].")
         if self.directions < 1:
             raise TransferError(f"directions is {self.directions}, expected 1 or more.")
@@ -110,6 +116,22 @@ class Settings:
             return f"rank {DEFAULT_RANK if self.rank is None else self.rank}"
         limit = "" if self.rank is None else f", at most rank {self.rank}"
         return f"energy {self.energy:g}{limit}"
+
+
+def restored_share(drift: float | None) -> float:
+    """Share of a layer's drift that "restore" undoes unless it is told a strength.
+
+    Args:
+        drift: `||W_t - W_s|| / ||W_s||`; None where it is not defined.
+
+    Returns:
+        `min(1, RESTORED / drift)`.
+
+    Example:
+        >>> restored_share(0.002), restored_share(0.008)
+        (1.0, 0.5)
+    """
+    return min(1.0, RESTORED / drift) if drift else 1.0
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -14,7 +14,7 @@ from .settings import DEFAULT_RANK
 
 # Below this width, and a little more beside notes, the columns that explain least are left out.
 _WIDE = 100
-_STYLES = dict.fromkeys(("copy", "project", "align"), "bold green")
+_STYLES = dict.fromkeys(("copy", "restore", "anchor", "project", "align"), "bold green")
 _STYLES["do not"] = "bold red"
 
 

@@ -110,6 +110,19 @@ def test_restore_takes_the_largest_drift_back(layer, rank, scale):
     assert relative(scale * B_t @ A_t, want) < 1e-5
 
 
+def test_restore_takes_a_strength_a_layer(layer):
+    B, A, W_s, W_t = layer
+    lists = [[x, x] for x in layer]
+    several = lk.restore_lora(*lists, strength=[0.25, 1.0], directions=3)
+    for i, strength in enumerate((0.25, 1.0)):
+        alone = lk.restore_lora(B, A, W_s, W_t, strength=strength, directions=3)
+        assert relative(several[0][i] @ several[1][i], alone[0] @ alone[1]) < 1e-6
+    with pytest.raises(ValueError, match="lengths"):
+        lk.restore_lora(*lists, strength=[0.5])
+    with pytest.raises(ValueError, match=r"share in \[0, 1\], got -1"):
+        lk.restore_lora(*lists, strength=[0.5, -1.0])
+
+
 def test_restore_finds_nearly_all_that_its_directions_can_hold():
     """Drift like noise has no gap at any cut; what counts is the energy."""
     drift = 0.01 * torch.randn(400, 600, generator=seeded(9))

@@ -14,6 +14,8 @@ import torch
 from adapter_makers import save_adapter
 from safetensors.torch import load_file, save_file
 
+from lorax_transfer.settings import DEFAULT_DIRECTIONS, restored_share
+
 
 @dataclass
 class Pair:
@@ -111,8 +113,10 @@ def expected(pair: Pair, method: str, rank: int) -> dict[str, torch.Tensor]:
             undone = oracle.anchor(dW, left, right.T, weights[1] - weights[0], "both", 1.0)
             found[name] = oracle.best_rank(undone, lora_rank)
         elif method == "restore":
-            U, S, V = oracle.exact_svd(weights[1] - weights[0], 4)
-            found[name] = dW - (U * S) @ V.T
+            drift = weights[1] - weights[0]
+            share = restored_share(float(drift.norm() / weights[0].norm()))
+            U, S, V = oracle.exact_svd(drift, min(DEFAULT_DIRECTIONS, *drift.shape))
+            found[name] = dW - share * (U * S) @ V.T
         else:
             lora_rank = torch.linalg.matrix_rank(dW, rtol=1e-5)  # dW was formed in float32
             found[name] = oracle.best_rank(oracle.prolora(dW, source, target), lora_rank)

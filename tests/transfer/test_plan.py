@@ -10,7 +10,7 @@ import torch
 from lorax_transfer.adapters import Adapter, LoraLayer
 from lorax_transfer.errors import CheckpointError, MatchError, TransferError
 from lorax_transfer.plan import make_plan
-from lorax_transfer.settings import BACKENDS, METHODS, Settings
+from lorax_transfer.settings import BACKENDS, METHODS, Settings, restored_share
 
 
 class Shapes:
@@ -180,3 +180,12 @@ def test_names_agree_with_the_kernels():
 
     assert set(METHODS) == {*lk.METHODS, "anchor", "restore", "aligned"}
     assert ("auto", *(row.name for row in lk.backends())) == BACKENDS
+
+
+@pytest.mark.parametrize(
+    ("drift", "share"),
+    [(None, 1.0), (0.0, 1.0), (0.004, 1.0), (0.008, 0.5), (0.16, 0.025)],
+    ids=str,
+)
+def test_restored_share_falls_with_the_drift(drift, share):
+    assert restored_share(drift) == pytest.approx(share)

@@ -161,19 +161,37 @@ class TestRecommendation:
     @pytest.mark.parametrize(
         ("changes", "verdict"),
         [
-            ({}, "copy"),
-            ({"drift": 0.05}, "copy"),
+            ({}, "restore"),
+            ({"drift": 0.0}, "copy"),
+            ({"drift": 0.0019}, "copy"),
+            ({"drift": 0.002}, "restore"),
+            ({"drift": 0.011}, "anchor"),
+            ({"drift": 0.05}, "anchor"),
             ({"drift": 0.051}, "do not"),
             ({"drift": None}, "do not"),
-            ({"kept": 0.95}, "project"),
+            # Inside the subspaces an update is projected without loss, but that wins nothing.
+            ({"kept": 0.95}, "restore"),
             ({"kept": 0.95, "drift": 0.3}, "project"),
             ({"kept": 0.89, "drift": 0.3}, "do not"),
             ({"unvalidated": 1}, "do not"),
             ({"similarity_facts": Similarity(0.12, 0.9, 0.1, 0.1)}, "do not"),
             # Nearly all of the space: keeping the update says nothing about it.
-            ({"kept": 0.97, "similarity_facts": Similarity(1.0, 1.0, 0.99, 0.99)}, "copy"),
-            ({"kept": 1.0, "similarity_facts": Similarity(1.0, 1.0, 1.0, 1.0)}, "copy"),
-            ({"kept": 0.95, "similarity_facts": Similarity(0.7, 0.7, 0.1, 0.1)}, "copy"),
+            (
+                {
+                    "kept": 0.97,
+                    "drift": 0.3,
+                    "similarity_facts": Similarity(1.0, 1.0, 0.99, 0.99),
+                },
+                "do not",
+            ),
+            (
+                {"kept": 1.0, "drift": 0.3, "similarity_facts": Similarity(1.0, 1.0, 1.0, 1.0)},
+                "do not",
+            ),
+            (
+                {"kept": 0.95, "drift": 0.3, "similarity_facts": Similarity(0.7, 0.7, 0.1, 0.1)},
+                "do not",
+            ),
         ],
         ids=str,
     )
@@ -201,6 +219,9 @@ class TestRecommendation:
         assert found.verdict == verdict
         assert f"**{verdict}**" in DOCS.read_text()
 
+    def test_restore_asks_for_the_target_s_own_skill(self):
+        assert "score the target's own skill" in recommend(self.totals()).reason
+
     def test_thresholds_are_those_of_the_docs(self):
         from lorax_transfer import recommend as rules
 
@@ -209,6 +230,8 @@ class TestRecommendation:
             rules.MIN_EXCESS,
             rules.MIN_KEPT,
             rules.MIN_SIMILARITY,
+            rules.MIN_DRIFT,
+            rules.RESTORE_DRIFT,
             rules.MAX_DRIFT,
             rules.MIN_LIKENESS,
         ):
