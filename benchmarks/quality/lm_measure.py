@@ -4,7 +4,6 @@
 import math
 import statistics
 import traceback
-from contextlib import contextmanager
 from functools import partial
 
 from . import lm_shapes
@@ -32,45 +31,50 @@ class Measurement:
     def run(self):
         """Everything."""
         lab = self._lab
-        with self._part("enfr on the source"):
-            lab.score("source", "enfr", None, method="none")
-            for kind in KINDS:
-                self._train_source(kind, "enfr")
-        with self._part("targets"):
-            lab.drifted()
-            for label in lab.scale.targets:
-                for rank in lab.scale.ranks:
-                    self._bases(label, rank)
+        self._part("enfr on the source", self._sources)
+        self._part("targets", self._targets)
         labels = [label for label in ("mid", "far", "near") if label in lab.models]
         for label in labels:
             pair = Pair(lab.models["source"], lab.models[label])
             lab.facts[label]["embeddings"] = embedding_drift(pair, EMBEDDING)
             lab.log(f"{label}: {lab.facts[label]}")
             for kind in KINDS:
-                with self._part(f"{label}, {kind}"):
-                    methods = measured if lab.scale.has_controls else few
-                    self._pair(label, kind, "enfr", methods(kind, lab.scale.ranks))
+                methods = (measured if lab.scale.has_controls else few)(kind, lab.scale.ranks)
+                job = partial(self._pair, label, kind, "enfr", methods)
+                self._part(f"{label}, {kind}", job)
         if self._scale.has_shapes:
-            with self._part("other shapes", 60):
-                self._shapes()
+            self._part("other shapes", self._shapes, 60)
         for kind, wanted in self._scale.second_task.items():
-            with self._part(f"xsum, {kind}", 25):
-                if not self._has_row("source", "xsum", "none"):
-                    lab.score("source", "xsum", None, method="none")
-                self._train_source(kind, "xsum")
-                for label in wanted:
-                    with self._part(f"xsum, {label}, {kind}", 12):
-                        self._pair(label, kind, "xsum", few(kind, lab.scale.ranks))
+            self._part(f"xsum, {kind}", partial(self._second_task, kind, wanted), 25)
         lab.close()
 
-    @contextmanager
-    def _part(self, what, reserve=0.0, tidy=True):
+    def _sources(self):
+        self._lab.score("source", "enfr", None, method="none")
+        for kind in KINDS:
+            self._train_source(kind, "enfr")
+
+    def _targets(self):
+        self._lab.drifted()
+        for label in self._scale.targets:
+            for rank in self._scale.ranks:
+                self._bases(label, rank)
+
+    def _second_task(self, kind, wanted):
+        if not self._has_row("source", "xsum", "none"):
+            self._lab.score("source", "xsum", None, method="none")
+        self._train_source(kind, "xsum")
+        for label in wanted:
+            methods = few(kind, self._scale.ranks)
+            job = partial(self._pair, label, kind, "xsum", methods)
+            self._part(f"xsum, {label}, {kind}", job, 12)
+
+    def _part(self, what, job, reserve=0.0, tidy=True):
         """Do a part if there is time; log what goes wrong in it, and go on with the next."""
         lab = self._lab
         try:
             if lab.late(reserve):
                 raise TimeoutError("late")
-            yield
+            job()
         except TimeoutError:
             lab.log(f"late: {what} is left out")
         except Exception:
@@ -143,17 +147,19 @@ class Measurement:
 
     def _rows(self, source, target, kind, task, methods, adapters):
         """Every method for every seed, a line of the log a method."""
-        lab = self._lab
         for name, move in methods.items():
-            with self._part(f"{kind} {source} -> {target} {name}", tidy=False):
-                rows = []
-                for seed, adapter in adapters.items():
-                    one = {name: partial(move, seed=seed) if name == "trained" else move}
-                    rows += lab.transfer(source, target, task, adapter, one, seed=seed)
-                if rows:
-                    took = statistics.median(row["transfer_ms"] for row in rows)
-                    what = f"{task} {kind} {source} -> {target} {name}"
-                    lab.log(f"  {what}: {_line(rows)}, {took:.0f} ms")
+            what = f"{task} {kind} {source} -> {target} {name}"
+            job = partial(self._method, what, source, target, task, name, move, adapters)
+            self._part(what, job, tidy=False)
+
+    def _method(self, what, source, target, task, name, move, adapters):
+        rows = []
+        for seed, adapter in adapters.items():
+            one = {name: partial(move, seed=seed) if name == "trained" else move}
+            rows += self._lab.transfer(source, target, task, adapter, one, seed=seed)
+        if rows:
+            took = statistics.median(row["transfer_ms"] for row in rows)
+            self._lab.log(f"  {what}: {_line(rows)}, {took:.0f} ms")
 
     def _pair(self, label, kind, task, methods):
         lab = self._lab

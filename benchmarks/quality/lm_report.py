@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lorax_transfer.recommend import recommend
 from lorax_transfer.report import AlignmentFacts, Totals
+from lorax_transfer.settings import restored_share
 
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 KINDS = {"lora": "LoRA", "lorax": "LoRA-X"}
@@ -38,9 +39,19 @@ SETTINGS = {
     "prolora": ("prolora k=320", "prolora k=64"),
     "transport": ("transport k=320", "transport k=64"),
     "anchor": ("anchor both", "anchor output"),
-    "restore": ("restore q=16",),
     "aligned": ("aligned",),
 }
+# What the plot shows.
+KEPT = ("copy", "source's embeddings", "prolora k=64", "prolora k=320", "lorax k=320", "lorax k=64")
+WON = (
+    "lorax core",
+    "transport k=64",
+    "anchor output",
+    "anchor both",
+    "restore q=16",
+    "restore q=16 w=0.5",
+    "restore q=16 by drift",
+)
 # Nats that a method may cost the target's own text beyond what copying or an adapter trained on the
 # target costs it; with more it wins by undoing what the target was trained for.
 SKILL_MARGIN = 0.05
@@ -140,11 +151,19 @@ class Case:
         return self.mean(method, "spanish_nll") <= limit
 
     def is_level(self, method, best):
-        """Whether two methods differ by no more than their difference does between seeds."""
+        """Whether a method is behind another by no more than two standard errors over the seeds."""
         a, b = self.methods[method], self.methods[best]
         differences = [a[seed]["nll"] - b[seed]["nll"] for seed in a if seed in b]
-        noise = statistics.stdev(differences) if len(differences) > 1 else 0.0
+        count = len(differences)
+        noise = 2 * statistics.stdev(differences) / count**0.5 if count > 1 else 0.0
         return statistics.mean(differences) <= noise
+
+    def is_lost(self):
+        """Whether no method keeps half of the lift, so that a new adapter is the advice."""
+        best = min(self.candidates(), key=self.mean)
+        trained = statistics.median(row["nll"] for row in self.trained.values())
+        moved = statistics.median(row["nll"] for row in self.methods[best].values())
+        return self.none["nll"] - moved < 0.5 * (self.none["nll"] - trained)
 
 
 def cases(result):
@@ -246,6 +265,9 @@ def verdict(facts, case):
         return None
     name = re.search(r"--method (\w+)", recommend(found[0], alignment).reason)
     wanted = SETTINGS.get(name[1], ()) if name else ()
+    if name and name[1] == "restore":
+        share = restored_share(found[0].drift)
+        wanted = ("restore q=16" if share > 0.75 else "restore q=16 w=0.5",)
     return next((m for m in wanted if m in case.methods), None)
 
 
@@ -263,9 +285,9 @@ def check_scan(result):
                 "scan": said,
                 "best": best,
                 "best with skill": kept,
-                "names best": said is not None and case.is_level(said, best),
-                "names best with skill": said is not None and case.is_level(said, kept),
-                "nats behind": None if said is None else case.mean(said) - case.mean(kept),
+                "is right": case.is_lost() if said is None else case.is_level(said, best),
+                "keeps skill": said is None or case.keeps_skill(said),
+                "nats behind": None if said is None else case.mean(said) - case.mean(best),
             }
         )
     return rows
@@ -273,19 +295,23 @@ def check_scan(result):
 
 def _scan_table(rows):
     lines = [
-        "| case | scan says | best | best that keeps the target's own text | nats behind |",
-        "|---|---|---|---|---|",
+        "| case | scan says | best | best that keeps the target's own text | nats behind the best "
+        "| right |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         behind = "" if row["nats behind"] is None else f"{row['nats behind']:.3f}"
         cells = [row["case"], row["scan"] or "do not", row["best"], row["best with skill"], behind]
+        cells.append("yes" if row["is right"] else "no")
         lines.append("| " + " | ".join(cells) + " |")
     count = len(rows)
-    best, kept = (sum(r[k] for r in rows) for k in ("names best", "names best with skill"))
+    best, kept = (sum(r[k] for r in rows) for k in ("is right", "keeps skill"))
     lines.append("")
     lines.append(
-        f"It names the best method, or one level with it, in {best} of {count} cases; the best of "
-        f"those that keep the target's own text in {kept} of {count}."
+        f"It is right in {best} of {count} cases: it names the best method, or one that is behind "
+        "by no more than two standard errors; or it says do not where no method keeps half of the "
+        f"lift. What it names costs the target's own text no more than {SKILL_MARGIN} nats beyond "
+        f"copying or the ceiling in {kept} of {count}."
     )
     return "\n".join(lines)
 
@@ -302,7 +328,7 @@ def tables(result):
 
 
 def plot(result, path):
-    """Loss over drift by method, and loss against the target's own text on one target."""
+    """Over the drift of the target: the lift that methods keep, and what they win over copying."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -312,51 +338,39 @@ def plot(result, path):
     related = [c for c in related if "drift" in result["facts"][c.target]]
     if not related:
         return
-    figure, axes = pyplot.subplots(2, len(KINDS), figsize=(12, 9))
-    for column, (kind, title) in enumerate(KINDS.items()):
-        mine = [c for c in related if c.kind == kind]
-        if not mine:
-            continue
-        shown = [m for m in mine[-1].methods if m not in CONTROLS or m in ("trained", "undo all")]
-        _over_drift(axes[0, column], mine, shown, result["facts"], title)
-        _against_skill(axes[1, column], mine[-1], shown, title)
-    axes[0, -1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.0))
+    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.4))
+    lora, lorax = ([c for c in related if c.kind == kind] for kind in KINDS)
+    facts = result["facts"]
+    _lines(axes[0], lora, KEPT, facts, lambda case, method: case.shares(method)[0])
+    axes[0].set(title="LoRA: lift kept, %")
+    for axis, mine, name in ((axes[1], lora, "LoRA"), (axes[2], lorax, "LoRA-X")):
+        _lines(axis, mine, WON, facts, _won)
+        axis.axhline(0, color="black", linewidth=1)
+        axis.set(title=f"{name}: nats won over copying", ylim=(-0.15, 0.07))
+    for axis in axes:
+        axis.set(xlabel="relative drift of the target's weights, %")
+        axis.legend(fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
 
-def _style(method):
-    if method == "trained":
-        return {"color": "black", "linestyle": "--"}
-    return {"linewidth": 2.5 if method == "copy" else 1.2}
+def _won(case, method):
+    copy = case.methods["copy"]
+    return [copy[s]["nll"] - row["nll"] for s, row in case.methods[method].items() if s in copy]
 
 
-def _over_drift(axis, mine, shown, facts, title):
-    x = [100 * facts[c.target]["drift"] for c in mine]
-    worst = max(c.mean("copy") for c in mine)
-    for method in shown:
-        kept = [(at, c) for at, c in zip(x, mine, strict=True) if method in c.methods]
-        values = [[r["nll"] for r in c.methods[method].values()] for _, c in kept]
-        mean = [statistics.mean(v) for v in values]
-        error = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
-        at = [a for a, _ in kept]
-        axis.errorbar(at, mean, error, label=method, marker="o", capsize=2, **_style(method))
-    low = min(c.mean("trained") for c in mine)
-    axis.set(title=f"{title}, English to French", xscale="log", ylim=(low - 0.1, worst + 0.8))
-    axis.set(xlabel="relative drift of the target's weights, %", ylabel="NLL of the answers")
-
-
-def _against_skill(axis, case, shown, title):
-    for method in shown:
-        rows = case.methods[method].values()
-        x, y = [r["spanish_nll"] for r in rows], [r["nll"] for r in rows]
-        color = "black" if method == "trained" else None
-        axis.plot(x, y, "o", color=color)
-        axis.annotate(method, (statistics.mean(x), statistics.mean(y)), fontsize=7)
-    axis.set(title=f"{title}, target {case.target}")
-    axis.set(xlabel="NLL of the text that the target was trained on", ylabel="NLL of the answers")
+def _lines(axis, mine, methods, facts, score):
+    """A line a method, with the spread over the seeds."""
+    for i, method in enumerate(methods):
+        kept = [c for c in mine if method in c.methods]
+        values = [score(c, method) for c in kept]
+        if kept:
+            mean = [statistics.mean(v) for v in values]
+            error = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
+            at = [100 * facts[c.target]["drift"] for c in kept]
+            axis.errorbar(at, mean, error, label=method, marker="o", capsize=2, color=f"C{i}")
 
 
 def report(path, images, document=None):

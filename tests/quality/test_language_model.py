@@ -362,6 +362,16 @@ TINY = dataclasses.replace(
 )
 
 
+def test_what_is_late_is_left_out(folder, tmp_path, weights, capsys):
+    lab = lm_lab.Lab(
+        folder, tmp_path / "out.json", device="cpu", scale=TINY, source=(SHAPE, weights), budget=0
+    )
+    lm_measure.Measurement(lab).run()
+    log = capsys.readouterr().out
+    assert "late: xsum, lora is left out" in log
+    assert "failed" not in log
+
+
 def test_measurement_from_training_to_document(folder, tmp_path, weights, capsys):
     pytest.importorskip("sacrebleu")
     pytest.importorskip("rouge_score")
