@@ -22,6 +22,9 @@ BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 KINDS = {"lora": "ordinary LoRA", "lorax": "LoRA-X, full core"}
 ZOOM = 2
 LABEL = 190
+COLUMNS = 10
+SCORES = ("loss", "style")  # whose lift is compared between targets
+NOISE = 2  # points of lift: twice the standard error of a difference over the pictures
 SMALLEST_GAP = 0.03  # of the trained adapter's lift: below that, shares of the gap are noise
 
 
@@ -36,18 +39,20 @@ def spread(values: list[float], digits: int) -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def shares(rows: list[dict], pair: str, kind: str, method: str) -> dict[str, list[float]]:
+def shares(
+    rows: list[dict], pair: str, kind: str, method: str, score: str = "loss"
+) -> dict[str, list[float]]:
     """For each seed: the share of the trained adapter's lift, and of the gap from copy to it."""
     found: dict[str, list[float]] = {"lift": [], "gap": []}
     for row in select(rows, pair=pair, kind=kind, method=method):
-        none = select(rows, pair=pair, kind="none", seed=row["seed"])[0]["loss"]
-        trained = select(rows, pair=pair, kind=kind, method="trained", seed=row["seed"])[0]["loss"]
-        found["lift"].append(100 * (none - row["loss"]) / (none - trained))
+        none = select(rows, pair=pair, kind="none", seed=row["seed"])[0][score]
+        trained = select(rows, pair=pair, kind=kind, method="trained", seed=row["seed"])[0][score]
+        found["lift"].append(100 * (none - row[score]) / (none - trained))
         copy = select(rows, pair=pair, kind=kind, method="copy", seed=row["seed"])
         if copy:
-            gap = copy[0]["loss"] - trained
-            if gap > SMALLEST_GAP * (none - trained):
-                found["gap"].append(100 * (copy[0]["loss"] - row["loss"]) / gap)
+            gap = copy[0][score] - trained
+            if gap / (none - trained) > SMALLEST_GAP:
+                found["gap"].append(100 * (copy[0][score] - row[score]) / gap)
     return found
 
 
@@ -87,7 +92,7 @@ def table(rows: list[dict], pair: str, kind: str) -> str:
             spread(found["gap"], 0) if found["gap"] and method not in ("copy", "trained") else "",
             spread([100 * row["style"] for row in chosen], 0),
             spread([100 * row["content"] for row in chosen], 0),
-            spread([row["kid"] for row in chosen], 0),
+            spread([row["kid"] / 1000 for row in chosen], 1),
             spread([1000 * row["loss_new"] for row in chosen], 2),
             f"{statistics.median(times):.1f}" if times else "",
         ]
@@ -123,35 +128,53 @@ def summary(result: dict, kind: str) -> str:
     """Share of the trained adapter's lift that every method keeps on every target."""
     rows, pairs = result["rows"], targets(result)
     named = [m for m in methods(rows, pairs[-1], kind) if m != "trained"]
-    found = {m: [shares(rows, pair, kind, m)["lift"] for pair in pairs] for m in named}
-    named.sort(key=lambda m: -sum(statistics.mean(values) for values in found[m] if values))
-    heads = [f"{pair} ({100 * result['drift'][pair]:.1f} %)" for pair in pairs]
-    lines = ["| method | " + " | ".join(heads) + " |", "|---" * (1 + len(pairs)) + "|"]
+    columns = [(score, pair) for score in SCORES for pair in pairs]
+    found = {
+        m: [shares(rows, pair, kind, m, score)["lift"] for score, pair in columns] for m in named
+    }
+    # By the loss.
+    named.sort(key=lambda m: -sum(map(statistics.mean, filter(None, found[m][: len(pairs)]))))
+    heads = [f"{score}: {pair} ({100 * result['drift'][pair]:.1f} %)" for score, pair in columns]
+    lines = ["| method | " + " | ".join(heads) + " |", "|---" * (1 + len(columns)) + "|"]
     for method in named:
-        cells = [spread(values, 1) if values else "" for values in found[method]]
+        cells = [spread(values, 0) if values else "" for values in found[method]]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def advised(verdict: str, kind: str) -> str | None:
+    """The measured method that the tool's word stands for, or None for "do not"."""
+    project = "lorax core" if kind == "lorax" else "lorax 1/2"
+    methods = {"copy": "copy", "project": project, "anchor": "anchor both"}
+    # The tool's own strength falls with the drift; half is the nearest that was measured.
+    return (methods | {"restore": "restore 16, half"}).get(verdict)
+
+
 def advice(result: dict) -> str:
     """What the tool says of every pair, beside what was measured."""
-    rows = result["rows"]
+    rows, right = result["rows"], 0
     lines = [
-        "| target | adapter | advice | lift kept by copy, % | best method, % |",
-        "|---" * 5 + "|",
+        "| target | adapter | advice | its method keeps, % | copy keeps, % | best method, % |",
+        "|---" * 6 + "|",
     ]
-    for row in sorted(result["scan"], key=lambda row: (row["kind"], result["drift"][row["pair"]])):
+    scanned = sorted(result["scan"], key=lambda r: (r["kind"], result["drift"][r["pair"]]))
+    for row in scanned:
         found = {
             m: statistics.mean(shares(rows, row["pair"], row["kind"], m)["lift"])
             for m in methods(rows, row["pair"], row["kind"])
             if m != "trained" and "control" not in m
         }
         best = max(found, key=found.__getitem__)
+        method = advised(row["verdict"], row["kind"])
+        kept = found.get(method, 0.0)
+        right += kept >= found[best] - NOISE
         lines.append(
-            f"| {row['pair']} | {KINDS[row['kind']]} | {row['verdict']} | {found['copy']:.1f} | "
-            f"{best}: {found[best]:.1f} |"
+            f"| {row['pair']} | {KINDS[row['kind']]} | {row['verdict']} | "
+            f"{'' if method is None else f'{kept:.0f}'} | {found['copy']:.0f} | "
+            f"{best}: {found[best]:.0f} |"
         )
-    return "\n".join(lines)
+    count = f"{right} of {len(scanned)} name the best method, or one within {NOISE} points of it."
+    return "\n".join([*lines, "", count])
 
 
 def plot(result: dict, path: Path) -> None:
@@ -162,28 +185,39 @@ def plot(result: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     rows, pairs = result["rows"], targets(result)
-    figure, axes = pyplot.subplots(1, len(KINDS), figsize=(11, 4.2), sharey=True)
-    for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):
-        named = methods(rows, pairs[0], kind)
-        for i, method in enumerate(m for m in named if m != "trained"):
-            found = {pair: shares(rows, pair, kind, method)["lift"] for pair in pairs}
-            points = {pair: values for pair, values in found.items() if values}
-            x = [100 * result["drift"][pair] for pair in points]
-            mean = [statistics.mean(values) for values in points.values()]
-            error = [statistics.stdev(v) if len(v) > 1 else 0 for v in points.values()]
-            line = ("-", "--", ":")[i // 7 % 3]
-            width = 2.5 if method == "copy" else 1.2
-            axis.errorbar(
-                x, mean, error, label=method, marker="o", linewidth=width, capsize=2, linestyle=line
+    size = {"sharex": True, "sharey": True, "figsize": (11, 7.5), "layout": "constrained"}
+    figure, grid = pyplot.subplots(len(SCORES), len(KINDS), squeeze=False, **size)
+    drifts = [100 * result["drift"][pair] for pair in pairs]
+    for axes, score in zip(grid, SCORES, strict=True):
+        for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):
+            named = methods(rows, pairs[0], kind)
+            for i, method in enumerate(m for m in named if m != "trained"):
+                found = [shares(rows, pair, kind, method, score)["lift"] for pair in pairs]
+                axis.errorbar(
+                    drifts,
+                    [statistics.mean(values) for values in found],
+                    [statistics.stdev(v) if len(v) > 1 else 0 for v in found],
+                    label=method,
+                    marker="o",
+                    capsize=2,
+                    color=f"C{i}" if i < 10 else ("black", "navy")[i - 10],
+                    linewidth=3 if method == "copy" else 1.2,
+                    linestyle="--" if "control" in method else "-",
+                )
+            axis.axhline(100, color="black", linewidth=0.8, linestyle="--")
+            axis.axhline(0, color="black", linewidth=0.8)
+            axis.set_title(f"{title}: {score}")
+            axis.set_xscale("log")
+            axis.set_xticks(
+                drifts, [f"{pair}: {d:.1f}" for pair, d in zip(pairs, drifts, strict=True)]
             )
-        axis.axhline(100, color="black", linewidth=0.8, linestyle="--")
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.set(title=title, xlabel="relative drift of the target's weights, %", ylim=(-60, 115))
-        axis.set_xscale("log")
-        axis.legend(fontsize=7)
-    axes[0].set_ylabel("share of the trained adapter's lift, %")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+            axis.set_xticks([], minor=True)
+        axes[0].set_ylabel("share of the trained adapter's lift, %")
+    for axis in grid[-1]:
+        axis.set_xlabel("relative drift of the target's weights, %")
+    for axis in grid[0]:
+        axis.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
@@ -195,13 +229,13 @@ def contact_sheet(result: dict, pictures: dict[str, np.ndarray], path: Path, pai
         names += [f"{pair} {kind} {m}" for m in methods(result["rows"], pair, kind)]
     names = [name for name in names if name in pictures]
     side = pictures[names[0]].shape[1] * ZOOM
-    count = len(pictures[names[0]])
+    count = min(COLUMNS, len(pictures[names[0]]))
     sheet = Image.new("RGB", (LABEL + count * side, len(names) * (side + 4)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, name in enumerate(names):
         top = i * (side + 4)
         pen.text((4, top + side // 2 - 6), name, fill="black")
-        for j, picture in enumerate(pictures[name]):
+        for j, picture in enumerate(pictures[name][:count]):
             tile = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(tile, (LABEL + j * side, top))
     sheet.quantize(256).save(path, optimize=True)
@@ -229,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     options.images.mkdir(parents=True, exist_ok=True)
     pairs = targets(result)
     plot(result, options.images / "quality_images.png")
-    for pair in pairs:
+    for pair in dict.fromkeys((pairs[0], pairs[-1])):
         contact_sheet(result, pictures, options.images / f"contact_sheet_{pair}.png", pair)
     text = tables(result)
     if options.document is None:

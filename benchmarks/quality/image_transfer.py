@@ -8,9 +8,10 @@ trained on the source and moved; adapters trained on a target are the ceiling.
     python benchmarks/quality/image_transfer.py prepare --data emoji.npz     # needs a network
     python benchmarks/quality/image_transfer.py run --data emoji.npz --output DIRECTORY
     python benchmarks/quality/image_transfer.py scan --output DIRECTORY
+    python benchmarks/quality/image_transfer.py noise --data emoji.npz --output DIRECTORY
     python benchmarks/quality/image_report.py DIRECTORY --images docs/images
 
-`--size reduced` runs in five minutes on two cores.
+`--size reduced` is for two cores.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.quality import image_data, image_methods, image_model, image_scan
+from benchmarks.quality import image_data, image_methods, image_model, image_noise, image_scan
 from benchmarks.quality.image_adapters import Adapter, Checkpoint, Trainable, stored
 from benchmarks.quality.image_evaluation import PICTURES, Evaluation
 from benchmarks.quality.image_sizes import SIZES, Size
@@ -278,7 +279,9 @@ def arguments() -> argparse.ArgumentParser:
     run.add_argument("--seeds", type=int)
     run.add_argument("--budget", type=float, default=1e9, help="seconds")
     scan = commands.add_parser("scan", help="ask the tool what it would do")
-    for command in (run, scan):
+    noise = commands.add_parser("noise", help="compare methods picture by picture")
+    noise.add_argument("--data", type=Path, required=True)
+    for command in (run, scan, noise):
         command.add_argument("--output", type=Path, required=True)
     return parser
 
@@ -291,6 +294,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     if options.command == "scan":
         image_scan.scan(options.output)
+        return
+    if options.command == "noise":
+        image_noise.noise(options.data, options.output, ADAPTER_STYLE)
         return
     size = SIZES[options.size]
     if options.seeds is not None:

@@ -24,6 +24,7 @@ from benchmarks.quality import (
     image_data,
     image_methods,
     image_model,
+    image_noise,
     image_report,
     image_scan,
     image_score,
@@ -57,6 +58,7 @@ def measured(data, tmp_path_factory):
     output = tmp_path_factory.mktemp("output")
     image_transfer.measure(data, output, SIZE, device="cpu", budget=0.0)
     image_transfer.main(["scan", "--output", str(output)])
+    image_transfer.main(["noise", "--data", str(data), "--output", str(output)])
     return output
 
 
@@ -122,6 +124,49 @@ def test_everything_is_measured_once(measured):
     assert scanned == [("near", "lora"), ("near", "lorax")]
     # The other rate of the LoRA is a millionth: nothing is learnt with it.
     assert result["rates"] == {"lora": 2e-2, "lorax": 2e-2}
+
+
+def test_methods_are_compared_picture_by_picture(measured):
+    rows = json.loads((measured / "images.json").read_text())["noise"]
+    assert len(rows) == 2 * len(image_noise.METHODS) + 1, "LoRA has no core to move"
+    copies = [row for row in rows if row["method"] == "copy"]
+    assert [(row["change"], row["error"]) for row in copies] == [(0, 0), (0, 0)]
+    for row in rows:
+        assert row["method"] == "copy" or row["error"] > 0
+        copy = next(each["loss"] for each in copies if each["kind"] == row["kind"])
+        # The mean of the differences, in float64.
+        assert row["loss"] - copy == pytest.approx(row["change"], abs=1e-12)
+
+
+def test_losses_of_pictures_have_the_loss_of_all_as_their_mean(unet, pair):
+    images, text = torch.rand(5, 3, 8, 8), torch.randn(5, 3, 8)
+    weights = pair[0].weights
+    predict = image_model.Predictor(unet, weights, 4, tuple(text.shape[1:]))
+    whole = image_model.denoising_loss(predict, images, text, image_noise.TIMES, seed=7)
+    with torch.no_grad():
+        found = image_noise.losses(unet, weights, images, text)
+    assert found.shape == (5,)
+    # Batches of another size: float32 sums in another order.
+    assert found.mean().item() == pytest.approx(whole, rel=1e-5)
+
+
+def test_advice_is_held_against_the_best_method():
+    losses = {("none", "none"): 10, ("lora", "trained"): 5, ("lora", "copy"): 8}
+    losses |= {("lora", "anchor both"): 5.99, ("lora", "restore 16, half"): 5.9}
+    losses |= {("lora", "undo all (control)"): 1}
+    rows = [
+        {"pair": "p", "kind": kind, "method": method, "seed": 0, "loss": loss, "style": 0}
+        for (kind, method), loss in losses.items()
+    ]
+
+    def advice(*verdicts):
+        scanned = [{"pair": "p", "kind": "lora", "verdict": verdict} for verdict in verdicts]
+        return image_report.advice({"rows": rows, "scan": scanned, "drift": {"p": 0.1}})
+
+    text = advice("copy", "anchor", "restore", "do not")
+    assert "| p | ordinary LoRA | copy | 40 | 40 | restore 16, half: 82 |" in text
+    assert "| p | ordinary LoRA | do not |  | 40 |" in text
+    assert text.endswith("2 of 4 name the best method, or one within 2 points of it.")
 
 
 def test_training_and_adapters_lower_the_loss(measured):
