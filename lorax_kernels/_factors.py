@@ -76,8 +76,8 @@ class Layers:
         self.B, self.A, self.source, self.target = lists
         count = len(self.B)
         self.scales = [float(scale)] * count if isinstance(scale, int | float) else list(scale)
-        is_one = isinstance(strength, int | float)
-        self.strengths = [float(strength)] * count if is_one else list(strength)
+        shares = [strength] * count if isinstance(strength, int | float) else list(strength)
+        self.strengths = [float(share) for share in shares]
         for share in self.strengths:
             if not 0 <= share <= 1:
                 raise ValueError(f"strength is a share in [0, 1], got {share:g}")

@@ -38,12 +38,13 @@ JOBS = [
     ("transport", {"rank": 320}),
     ("anchor", {"strength": 0.5}),
     ("anchor", {}),
-    ("restore", {"directions": 1}),
-    ("restore", {"directions": 2}),
-    ("restore", {"directions": 4}),
-    ("restore", {"directions": 8}),
-    ("restore", {"directions": 16}),
-    ("restore", {"directions": 384}),
+    ("restore", {}),
+    ("restore", {"directions": 1, "strength": 1.0}),
+    ("restore", {"directions": 2, "strength": 1.0}),
+    ("restore", {"directions": 4, "strength": 1.0}),
+    ("restore", {"directions": 8, "strength": 1.0}),
+    ("restore", {"directions": 16, "strength": 1.0}),
+    ("restore", {"directions": 384, "strength": 1.0}),
 ]
 DEEPER_JOBS = [("copy", {}), ("aligned", {})]
 

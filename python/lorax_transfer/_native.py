@@ -87,7 +87,7 @@ def expand(
             form = native.config["core"]
             found = probe(svd.U).cpu()
             core = align(layer.weight, form, layer.probe, found)
-            applied = native.applied_core(core, svd.S.cpu()).to(device)
+            applied = native.applied_core(core).to(device)
             B, A = (svd.U @ applied).cpu(), svd.V.mT.cpu().contiguous()
             layers.append(lora_layer(batch[i], B, A, tuple(weights[i].shape)))
         step(len(batch))
@@ -136,7 +136,6 @@ def contract(
         "energy": None,
         "r": max(layer.rank for layer in layers.values()),
         "scale": 1.0,
-        "sigma_power": 0.0,
         "target_modules": list(layers),
     }
     return NativeAdapter(layers, config, native.metadata, native.location, native.content_hash)

@@ -147,11 +147,11 @@ def test_adapters_side_by_side_are_those_trained_alone(weights, examples):
 
 def test_update_is_that_of_the_peft_adapter(weights):
     peft = pytest.importorskip("lorax_transfer.peft")
-    name, form = NAMES[0], make(("full", 0.5), weights)
+    name, form = NAMES[0], make(("full", 0.0), weights)
     module = torch.nn.Sequential(torch.nn.Linear(SHAPE.hidden, SHAPE.hidden, bias=False))
     with torch.no_grad():
         module[0].weight.copy_(weights[f"{name}.weight"])
-    model = peft.add_lorax_adapter(module, 8, core="full", sigma_power=0.5, target_modules=["0"])
+    model = peft.add_lorax_adapter(module, 8, core="full", target_modules=["0"])
     layer = next(iter(peft.lorax_layers(model).values()))
     core = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

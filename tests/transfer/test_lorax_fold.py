@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings(
 KINDS = ["llama", "gpt2", "convnet"]
 CORES: list[Any] = [
     pytest.param({"core": "diagonal", "scale": 2.0}, id="diagonal"),
-    pytest.param({"core": "full", "sigma_power": 0.5}, id="full"),
+    pytest.param({"core": "full"}, id="full"),
     pytest.param({"core": "banded", "bandwidth": 2}, id="banded"),
     pytest.param({"core": "full", "energy": 0.5, "rank": 32}, id="ranks-differ"),
 ]

@@ -27,7 +27,7 @@ FORMS = [
     pytest.param({"core": "diagonal"}, id="diagonal"),
     pytest.param({"core": "full"}, id="full"),
     pytest.param({"core": "banded", "bandwidth": 2}, id="banded"),
-    pytest.param({"core": "full", "sigma_power": 0.5, "scale": 3.0}, id="weighted"),
+    pytest.param({"core": "full", "scale": 3.0}, id="scaled"),
     pytest.param({"core": "full", "energy": 0.5, "rank": 32}, id="energy"),
 ]
 

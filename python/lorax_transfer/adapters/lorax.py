@@ -66,19 +66,16 @@ class NativeAdapter:
     location: Path
     content_hash: str
 
-    def applied_core(self, weight: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
-        """What stands between the bases of a module: `scale * S^a C S^a`.
+    def applied_core(self, weight: torch.Tensor) -> torch.Tensor:
+        """What stands between the bases of a module: `scale * C`.
 
         Args:
             weight: its core in the signs of these bases.
-            S: `(k,)`, singular values of its base weight.
 
         Returns:
             `(k, k)` float32.
         """
-        core = dense_core(weight.float(), self.config["core"])
-        weights = (S / S.square().mean().sqrt()) ** self.config["sigma_power"]
-        return weights[:, None] * core * (weights * self.config["scale"])
+        return dense_core(weight.float(), self.config["core"]) * self.config["scale"]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The tensors by the names of the file."""
@@ -168,12 +165,12 @@ def _check_config(config: dict[str, Any], directory: Path) -> None:
             f"{directory} has format_version {version!r}, expected {FORMAT_VERSION}; read it with "
             "the version of lorax-transfer that wrote it."
         )
-    numbers = ("scale", "sigma_power", "bandwidth")
+    numbers = ("scale", "bandwidth")
     if config.get("core") not in CORES or not all(_is_number(config.get(x)) for x in numbers):
         raise AdapterError(
             f"{directory / CONFIG_FILE} has core {config.get('core')!r}, scale "
-            f"{config.get('scale')!r}, sigma_power {config.get('sigma_power')!r} and bandwidth "
-            f"{config.get('bandwidth')!r}, expected one of {', '.join(CORES)} and three numbers; "
+            f"{config.get('scale')!r} and bandwidth "
+            f"{config.get('bandwidth')!r}, expected one of {', '.join(CORES)} and two numbers; "
             "copy or save the adapter again."
         )
 

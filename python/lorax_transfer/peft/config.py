@@ -31,7 +31,7 @@ _KEPT = (
 )
 # The name of an initialisation: a layer of an ordinary LoRA refuses it.
 _INIT = PEFT_TYPE.lower()
-_OWN = ("core", "energy", "bandwidth", "scale", "sigma_power")
+_OWN = ("core", "energy", "bandwidth", "scale")
 # For these tasks PEFT trains and saves a new head beside the adapter.
 _WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
@@ -50,8 +50,6 @@ class LoraXConfig(LoraConfig):
             a layer's weight, in (0, 1]; None keeps `r`.
         bandwidth: diagonals beside the main one on either side that a banded core trains.
         scale: what multiplies the update; with Adam a multiplier of the learning rate.
-        sigma_power: weigh directions by their singular values: the core that is applied is
-            `S^a C S^a`, with `S` relative to its root mean square over the kept directions.
         target_modules: names of modules, a regular expression, or "all-linear".
 
     Raises:
@@ -64,7 +62,7 @@ class LoraXConfig(LoraConfig):
     The method is LoRA-X (Farhadzadeh et al., ICLR 2025, arXiv 2501.16559).
     """
 
-    r: int = field(default=64, metadata={"help": "Singular directions to keep."})
+    r: int = field(default=128, metadata={"help": "Singular directions to keep."})
     lora_alpha: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Use scale instead."}
     )
@@ -73,7 +71,6 @@ class LoraXConfig(LoraConfig):
     energy: float | None = field(default=None, metadata={"help": "Share of each weight to keep."})
     bandwidth: int = field(default=0, metadata={"help": "Side diagonals of a banded core."})
     scale: float = field(default=1.0, metadata={"help": "Factor of the update."})
-    sigma_power: float = field(default=0.0, metadata={"help": "Weighting by singular values."})
 
     def __post_init__(self) -> None:
         """Check the options and have PEFT build layers of LoRA-X."""
@@ -104,11 +101,8 @@ class LoraXConfig(LoraConfig):
                 f"bandwidth is {self.bandwidth} with a {self.core} core, expected 1 or more with a "
                 "banded core and 0 with any other."
             )
-        if self.scale == 0 or not math.isfinite(self.scale) or not self.sigma_power >= 0:
-            raise AdapterError(
-                f"scale is {self.scale} and sigma_power {self.sigma_power}, expected a finite "
-                "number that is not 0, and 0 or more."
-            )
+        if self.scale == 0 or not math.isfinite(self.scale):
+            raise AdapterError(f"scale is {self.scale}, expected a finite number that is not 0.")
         if self.lora_alpha not in (None, self.scale * self.r):
             raise AdapterError(f"lora_alpha is {self.lora_alpha}, expected None; set scale.")
         if self.task_type in _WITH_HEADS:

@@ -98,8 +98,6 @@ class LoraXLayer(nn.Module, LoraLayer):
         weight = self.base_weight
         self._place(adapter_name, svd.U, svd.V, config)
         core = self.core_of(adapter_name)
-        relative = svd.S / svd.S.square().mean().sqrt()
-        core.weights = relative**config.sigma_power
         core.probe = probe(svd.U)
         core.digest = (digest(weight) if recognised_by is None else recognised_by).to(weight.device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -137,13 +135,10 @@ class LoraXLayer(nn.Module, LoraLayer):
         self.lora_core[adapter_name] = Core(config, rank, U.device)
 
     def applied_core(self, adapter_name: str) -> torch.Tensor:
-        """`scale * S^a C S^a`, `(k,)` for a diagonal core, else `(k, k)`; differentiable."""
+        """`scale * C`, `(k,)` for a diagonal core, else `(k, k)`; differentiable."""
         core, scale = self.core_of(adapter_name), self.scaling[adapter_name]
         C = core.weight if core.form == "diagonal" else core.dense()
-        # Each of these is a kernel of its own on a GPU, which costs as much as a thin product.
-        if core.config.sigma_power != 0:
-            C = C * core.weights if C.dim() == 1 else core.weights[:, None] * C
-            C = C * core.weights
+        # A kernel of its own on a GPU, which costs as much as a thin product.
         return C if scale == 1 else C * scale
 
     def base_matrix(self) -> torch.Tensor:

@@ -27,13 +27,12 @@ CACHE_VARIABLE = "LORAX_TRANSFER_CACHE"
 
 def add_lorax_adapter(
     model: nn.Module,
-    rank: int = 64,
+    rank: int = 128,
     *,
     core: str = "full",
     energy: float | None = None,
     bandwidth: int = 0,
     scale: float = 1.0,
-    sigma_power: float = 0.0,
     target_modules: list[str] | str = "all-linear",
     adapter_name: str = "default",
     cache: PathLike | None = None,
@@ -48,7 +47,6 @@ def add_lorax_adapter(
         energy: keep the fewest directions, up to `rank`, that hold this share of each weight.
         bandwidth: side diagonals of a banded core.
         scale: what multiplies the update.
-        sigma_power: weigh directions by this power of their relative singular values.
         target_modules: names, a regular expression, or "all-linear".
         adapter_name: its name in the model.
         cache: directory of bases to reuse and add to; by default that of the environment variable
@@ -72,7 +70,6 @@ def add_lorax_adapter(
         energy=energy,
         bandwidth=bandwidth,
         scale=scale,
-        sigma_power=sigma_power,
         target_modules=target_modules,
         **peft_options,
     )

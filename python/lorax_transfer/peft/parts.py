@@ -75,12 +75,10 @@ class Core(nn.Module):
     Attributes:
         weight: `(k,)` diagonal, `(k, k)` full, or `(2 w + 1, k)` banded (`dense_core` says how the
             diagonals lie in it); float32, zero at first.
-        weights: `(k,)`, what directions are weighed by on either side of the core.
         probe: `(2, k)`, see `lorax_form.probe`.
         digest: `(16,)` uint8, see `lorax_form.digest`.
     """
 
-    weights: torch.Tensor
     probe: torch.Tensor
     digest: torch.Tensor
     SAVED = ("weight", "probe", "digest")
@@ -93,7 +91,6 @@ class Core(nn.Module):
         self.rank = rank
         shape = core_shape(config.core, rank, config.bandwidth)
         self.weight = nn.Parameter(torch.zeros(shape, device=device))
-        self.register_buffer("weights", torch.ones(rank, device=device), persistent=False)
         self.register_buffer("probe", torch.zeros(PROBES, rank, device=device))
         digest = torch.zeros(DIGEST_BYTES, dtype=torch.uint8, device=device)
         self.register_buffer("digest", digest)
