@@ -32,10 +32,11 @@ _SHORT_CYCLES = (6, 8)
 # Between two orthonormalisations the leading directions may outgrow the rest by this factor. Ritz
 # vectors hold little of each other's directions, so that float32 has digits left for the smallest.
 _GROWTH_CAP = 1e6
-# A cycle aims well below the tolerance, so that it rarely ends just above it; it may stop a little
-# below, because the estimate is of first order and can be low by some per cent.
+# A cycle aims well below the tolerance, so that it rarely ends just above it; it stops as far below
+# because the estimate is of first order, and low by up to a half where the block's end is not yet
+# at the eigenvalues outside.
 _AIM = 0.5
-_ENOUGH = 0.8
+_ENOUGH = 0.65
 # Within this factor of what rounding of the block leaves, the block is taken in two pieces.
 _NEAR_FLOOR = 4
 # Cycles that start with a glance; a warm start is past them.
@@ -171,7 +172,9 @@ def _next_cycle(A: Operator, ritz: _Ritz, k: int, tol: float) -> _Cycle:
     coarse = torch.acosh((ritz.planned / turn).clamp_min(1)) / rate
     fine = torch.acosh(turn / aim) / rate
     degrees = torch.stack([_listed(coarse), _listed(fine)])
-    degrees = torch.where(ritz.error <= _ENOUGH * tol, 0, degrees).cpu()
+    # After a glance two degrees more cost less than a look too early.
+    enough = _AIM if ritz.Y is None else _ENOUGH
+    degrees = torch.where(ritz.error <= enough * tol, 0, degrees).cpu()
     if A.on_gpu:
         # One batch: products cost little there, and small eigenproblems the same for a few
         # matrices as for many.
