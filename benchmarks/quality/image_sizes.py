@@ -99,6 +99,6 @@ SIZES = {
         draws=1,
         captions=4,
         sample_steps=1,
-        batch=64,
+        batch=16,
     ),
 }
