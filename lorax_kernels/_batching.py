@@ -51,9 +51,9 @@ def chunks(
         size += 8 * long * short + 3 * 8 * short**2
     else:
         # The block and its products before and after a rotation, and their pieces.
-        size += 4 * (4 * short + 3 * long) * p.width + (
-            (2 if halves else 8) * short**2 if p.use_gram else 0
-        )
+        size += 4 * (4 * short + 3 * long) * p.width
+        # The Gram matrix in float32, or in two float16 pieces.
+        size += 4 * short**2 if p.use_gram else 0
     pieces = -(-len(group) * size // workspace)
     count = max(1, -(-len(group) // max(1, pieces)))
     for start in range(0, len(group), count):

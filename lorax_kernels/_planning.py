@@ -46,7 +46,7 @@ class Plan:
     Attributes:
         path: "randomized" or "exact".
         width: columns of the block.
-        use_gram: iterate on the Gram matrix instead of on the weights.
+        use_gram: filter with the Gram matrix instead of the weights.
         max_passes: products after which the exact path would have been cheaper.
     """
 

@@ -226,7 +226,7 @@ def _solve(A: Operator, Q: torch.Tensor, k: int, tol: float, left: int, stage: i
     """Looks at the block, filters it as far as each matrix needs, and goes on with what is left.
 
     `left` is how many products may still be made; `stage` counts the cycles made, of which the
-    first has a fixed degree.
+    first ones are short and start with a glance.
     """
     count = Q.shape[0]
     if stage >= _GLANCES:
