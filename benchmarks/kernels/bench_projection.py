@@ -36,19 +36,19 @@ CASES = {"L7": LLAMA_7B * 32, "tinyllama": TINYLLAMA * 22, "sdxl": SDXL}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def layers(case: str, rank: int, r: int, basis: torch.dtype, factor: torch.dtype):
-    """Blocks and bases of both sides of every layer, made on the device.
+def layers(shapes, rank: int, r: int, basis: torch.dtype, factor: torch.dtype, device="cuda"):
+    """Blocks and bases of both sides of every `(out, in)` layer, made on the device.
 
     Bases are scaled Gaussian: near enough to orthonormal for arithmetic, and quick to make.
     """
     blocks, bases = [], []
-    generator = torch.Generator("cuda").manual_seed(0)
-    for out, inner in CASES[case]:
+    generator = torch.Generator(device).manual_seed(0)
+    for out, inner in shapes:
         for side, is_transposed in ((out, False), (inner, True)):
             k = min(rank, side)
             shape = (r, side) if is_transposed else (side, r)
-            B = torch.randn(shape, device="cuda", generator=generator).to(factor)
-            Q = torch.randn(side, k, device="cuda", generator=generator) / side**0.5
+            B = torch.randn(shape, device=device, generator=generator).to(factor)
+            Q = torch.randn(side, k, device=device, generator=generator) / side**0.5
             blocks.append(B.T if is_transposed else B)
             bases.append(Q.to(basis))
     return blocks, bases
@@ -101,10 +101,10 @@ def call_ms(run: Callable[[], object], repeats: int = 7) -> float:
     return statistics.median(times)
 
 
-def error(results, blocks, bases) -> float:
+def error(results, blocks, bases, samples: int = 6) -> float:
     """Relative error of a sample of layers against float64."""
     worst = 0.0
-    for i in range(0, len(blocks), max(1, len(blocks) // 6)):
+    for i in range(0, len(blocks), max(1, len(blocks) // samples)):
         Q, B = bases[i].double(), blocks[i].double()
         expected = Q @ (Q.T @ B)
         worst = max(worst, float((results[i].double() - expected).norm() / expected.norm()))
@@ -120,7 +120,7 @@ def copy_rate() -> float:
 
 
 def measure(case: str, rank: int, r: int, basis: str, factor: str, rate: float) -> list[dict]:
-    blocks, bases = layers(case, rank, r, DTYPES[basis], DTYPES[factor])
+    blocks, bases = layers(CASES[case], rank, r, DTYPES[basis], DTYPES[factor])
     methods = {
         "torch": lambda: loop(blocks, bases),
         **{

@@ -14,54 +14,20 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.kernels.bench_projection import DTYPES, TINYLLAMA, error, layers, loop
 from benchmarks.record import save
 from lorax_kernels.ops import project
 
-LAYERS = [(2048, 2048)] * 2 + [(256, 2048)] * 2 + [(5632, 2048)] * 2 + [(2048, 5632)]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CASES = (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "bf16"), ("fp16", "fp16"))
 RANK, TURNS = 320, 15
 
 
-def layers(r, basis, factor):
-    blocks, bases = [], []
-    generator = torch.Generator().manual_seed(0)
-    for out, inner in LAYERS:
-        for side, is_transposed in ((out, False), (inner, True)):
-            shape = (r, side) if is_transposed else (side, r)
-            B = torch.randn(shape, generator=generator).to(factor)
-            Q = torch.randn(side, min(RANK, side), generator=generator) / side**0.5
-            blocks.append(B.T if is_transposed else B)
-            bases.append(Q.to(basis))
-    return blocks, bases
-
-
-def loop(blocks, bases):
-    """What a user writes: two products a factor, in the dtype that both share."""
-    results = []
-    for B, Q in zip(blocks, bases, strict=True):
-        dtype = torch.promote_types(B.dtype, Q.dtype)
-        Q, X = Q.to(dtype), B.to(dtype)
-        results.append((Q @ (Q.T @ X)).to(B.dtype))
-    return results
-
-
-def error(results, blocks, bases):
-    worst = 0.0
-    for X, B, Q in zip(results, blocks, bases, strict=True):
-        expected = Q.double() @ (Q.double().T @ B.double())
-        worst = max(worst, float((X.double() - expected).norm() / expected.norm()))
-    return worst
-
-
 def measure(r, basis, factor):
-    blocks, bases = layers(r, DTYPES[basis], DTYPES[factor])
+    blocks, bases = layers(TINYLLAMA, RANK, r, DTYPES[basis], DTYPES[factor], "cpu")
     methods = {"torch": lambda: loop(blocks, bases), "project": lambda: project(blocks, bases)}
-    errors = {name: error(run(), blocks, bases) for name, run in methods.items()}
+    errors = {name: error(run(), blocks, bases, len(blocks)) for name, run in methods.items()}
     times = {name: [] for name in methods}
     for _ in range(TURNS):
         for name, run in methods.items():
