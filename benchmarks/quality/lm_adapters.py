@@ -144,7 +144,7 @@ def hook(form, weights, leaves, groups):
     """The linear hook of `groups` adapters, each on its own share of the batch."""
 
     def linear(name, x):
-        base = F.linear(x, weights[f"{name}.weight"])
+        base = F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
         rows = x.reshape(groups, -1, x.shape[-1])
         out = form.add(name, base.view(groups, -1, base.shape[-1]), rows, leaves)
         return out.view(base.shape)

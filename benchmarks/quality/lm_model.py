@@ -112,7 +112,7 @@ def base_linear(weights):
     """The linear hook without an adapter."""
 
     def linear(name, x):
-        return F.linear(x, weights[f"{name}.weight"])
+        return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
     return linear
 
