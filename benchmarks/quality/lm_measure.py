@@ -7,7 +7,7 @@ import traceback
 from functools import partial
 
 from . import lm_shapes
-from .lm_methods import Pair, few, measured
+from .lm_methods import Pair, chosen, few, measured
 from .lm_model import EMBEDDING
 from .lm_scan import embedding_drift, totals
 from .lm_train import clock
@@ -21,10 +21,12 @@ class Measurement:
 
     Args:
         lab: the bench; what does not fit its budget is left out, and the log says so.
+        patterns: compare only the methods that fit one of them, on both tasks; other shapes are
+            then left out, and ceilings are trained if "trained" fits.
     """
 
-    def __init__(self, lab):
-        self._lab, self._scale = lab, lab.scale
+    def __init__(self, lab, patterns=None):
+        self._lab, self._scale, self._patterns = lab, lab.scale, patterns
         self._source = {}  # (kind, task) -> adapters by seed
         self._rate = {}
 
@@ -39,14 +41,20 @@ class Measurement:
             lab.facts[label]["embeddings"] = embedding_drift(pair, EMBEDDING)
             lab.log(f"{label}: {lab.facts[label]}")
             for kind in KINDS:
-                methods = (measured if lab.scale.has_controls else few)(kind, lab.scale.ranks)
+                default = measured if lab.scale.has_controls else few
+                methods = self._compared(kind, default)
                 job = partial(self._pair, label, kind, "enfr", methods)
                 self._part(f"{label}, {kind}", job)
-        if self._scale.has_shapes:
+        if self._scale.has_shapes and self._patterns is None:
             self._part("other shapes", self._shapes, 60)
         for kind, wanted in self._scale.second_task.items():
             self._part(f"xsum, {kind}", partial(self._second_task, kind, wanted), 25)
         lab.close()
+
+    def _compared(self, kind, default):
+        if self._patterns is None:
+            return default(kind, self._scale.ranks)
+        return chosen(kind, self._scale.ranks, self._patterns)
 
     def _sources(self):
         self._lab.score("source", "enfr", None, method="none")
@@ -64,7 +72,7 @@ class Measurement:
             self._lab.score("source", "xsum", None, method="none")
         self._train_source(kind, "xsum")
         for label in wanted:
-            methods = few(kind, self._scale.ranks)
+            methods = self._compared(kind, few)
             job = partial(self._pair, label, kind, "xsum", methods)
             self._part(f"xsum, {label}, {kind}", job, 12)
 
@@ -173,9 +181,10 @@ class Measurement:
         pair = Pair(lab.models["source"], lab.models[label])
         scans = {s: totals(pair, a, self._scale.ranks[-1]) for s, a in adapters.items()}
         lab.facts[label].setdefault("scan", {})[f"{kind} {task}"] = scans
-        own = self._own(label, kind, task)
-        moves = {"trained": partial(_given, own)} | methods
-        self._rows("source", label, kind, task, moves, adapters)
+        if self._patterns is None or "trained" in self._patterns:
+            own = self._own(label, kind, task)
+            methods = {"trained": partial(_given, own)} | methods
+        self._rows("source", label, kind, task, methods, adapters)
 
     def _shapes(self):
         lab = self._lab

@@ -3,13 +3,16 @@
 
 import warnings
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 
 import torch
 
 import lorax_kernels as lk
+from lorax_transfer.settings import restored_share
 
-from .lm_model import EMBEDDING, drift
+from .lm_embeddings import INPUT, OUTPUT, beside, leading, met, rows, untaught, whole
+from .lm_model import drift
 
 # Relative drift up to which all of it is taken back by `restore_by_drift`.
 DRIFT_RESTORED = 0.008
@@ -139,26 +142,14 @@ def _rank(adapter):
     return next(iter(adapter.factors.values()))[0].shape[1]
 
 
-def restore_embeddings(pair, adapter, *, directions, strength=1.0):
-    """`restore`, and the same for the embeddings, which are the output matrix as well."""
-    moved = restore(pair, adapter, directions=directions, strength=strength)
-    D = pair.target.weights[EMBEDDING] - pair.source.weights[EMBEDDING]
-    squares = D.double().mT @ D.double()
-    V = torch.linalg.eigh(squares).eigenvectors[:, -directions:].to(D.dtype)
-    moved[EMBEDDING.removesuffix(".weight")] = (-strength * D @ V, V.mT)
-    return moved
-
-
-def old_embeddings(pair, adapter, *, is_undone=False):
-    """The source's embeddings in place of the target's, with the update copied.
-
-    With `is_undone` the drift of the layers is taken back as well: all but the norms' weights is
-    then the source's.
-    """
-    moved = undo(pair, adapter) if is_undone else copy(pair, adapter)
-    D = pair.source.weights[EMBEDDING] - pair.target.weights[EMBEDDING]
-    moved[EMBEDDING.removesuffix(".weight")] = (D, torch.eye(D.shape[1], device=D.device))
-    return moved
+def restore_by_layer(pair, adapter, *, directions):
+    """The share by the drift of each layer that `lorax-transfer` takes unless it is told one."""
+    names, B, A = _lists(adapter)
+    source, target = ([m.matrix(n) for n in names] for m in (pair.source, pair.target))
+    drifts = [float((t - s).norm() / s.norm()) for s, t in zip(source, target, strict=True)]
+    shares = [restored_share(each) for each in drifts]
+    moved = lk.restore_lora(B, A, source, target, directions=directions, strength=shares)
+    return _named(names, moved)
 
 
 def undo(pair, adapter):
@@ -221,12 +212,48 @@ def measured(kind, ranks):
         methods["anchor + restore by drift"] = partial(anchor_and_restore, directions=16)
     for name, strength in (("", 1.0), (" w=0.5", 0.5)):
         methods[f"restore q=16{name} with embeddings"] = partial(
-            restore_embeddings, directions=16, strength=strength
+            beside,
+            layers=partial(restore, directions=16, strength=strength),
+            part=partial(leading, directions=16),
+            strength=strength,
         )
     methods["undo all"] = undo
-    methods["source's embeddings"] = old_embeddings
-    methods["undo all, source's embeddings"] = partial(old_embeddings, is_undone=True)
+    methods["source's embeddings"] = partial(beside, layers=copy, part=whole)
+    methods["undo all, source's embeddings"] = partial(beside, layers=undo, part=whole)
     return methods
+
+
+def with_embeddings():
+    """Name -> method, for parts of the embeddings' drift beside what is done to the layers."""
+    few, sixteen, many = (partial(leading, directions=q) for q in (1, 16, 64))
+    by_layer = partial(restore_by_layer, directions=16)
+    half = partial(restore, directions=16, strength=0.5)
+    both = partial(anchor, sides="both")
+    methods = {"restore q=16 by layer": by_layer}
+    made = {
+        "embeddings q=1": {"layers": copy, "part": few},
+        "embeddings q=16": {"layers": copy, "part": sixteen},
+        "embeddings q=64": {"layers": copy, "part": many},
+        "embeddings q=16 w=0.5": {"layers": copy, "part": sixteen, "strength": 0.5},
+        "embeddings q=16 input": {"layers": copy, "part": sixteen, "sides": (INPUT,)},
+        "embeddings q=16 output": {"layers": copy, "part": sixteen, "sides": (OUTPUT,)},
+        "embeddings written q=16": {"layers": copy, "part": partial(met, directions=16)},
+        "embeddings read q=16": {
+            "layers": copy,
+            "part": partial(met, directions=16, is_written=False),
+        },
+        "embeddings rows=4096": {"layers": copy, "part": partial(rows, count=4096)},
+        "embeddings untaught": {"layers": copy, "part": partial(untaught, share=0.5)},
+        "restore by layer, embeddings q=16": {"layers": by_layer, "part": sixteen},
+        "restore w=0.5, embeddings q=16": {"layers": half, "part": sixteen},
+        "anchor both, embeddings q=16": {"layers": both, "part": sixteen},
+        "anchor both, embeddings q=16 w=0.5": {
+            "layers": both,
+            "part": sixteen,
+            "strength": 0.5,
+        },
+    }
+    return methods | {name: partial(beside, **options) for name, options in made.items()}
 
 
 def few(kind, ranks):
@@ -238,3 +265,9 @@ def few(kind, ranks):
         for n, m in every.items()
         if n.startswith(named) and "embeddings" not in n and n != "copy x1.2"
     }
+
+
+def chosen(kind, ranks, patterns):
+    """The methods whose names fit one of some patterns, such as `restore*`."""
+    every = measured(kind, ranks) | with_embeddings()
+    return {n: m for n, m in every.items() if any(fnmatchcase(n, p) for p in patterns)}

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import lorax_transfer
 from benchmarks.quality import (
     lm_adapters,
     lm_data,
+    lm_embeddings,
     lm_eval,
     lm_lab,
     lm_measure,
@@ -282,14 +284,59 @@ def test_every_method_keeps_shapes_and_copy_is_the_adapter(weights, examples, ki
     pair = lm_methods.Pair(
         lm_methods.Model("source", SHAPE, weights), lm_methods.Model("target", SHAPE, other)
     )
-    methods = lm_methods.same_shape(kind, ranks=(8, 16)) | lm_methods.measured(kind, (8, 16))
+    methods = lm_methods.same_shape(kind, ranks=(8, 16)) | lm_methods.chosen(kind, (8, 16), ["*"])
     for name, move in methods.items():
         moved = move(pair, adapter)
-        assert moved.keys() - {"model.embed_tokens"} == adapter.factors.keys()
+        assert moved.keys() - {lm_embeddings.INPUT, lm_embeddings.OUTPUT} == adapter.factors.keys()
         for layer, (B, A) in moved.items():
-            assert (B @ A).shape == weights[f"{layer}.weight"].shape
+            tied = layer.replace(lm_embeddings.OUTPUT, lm_embeddings.INPUT)
+            assert (B @ A).shape == weights[f"{tied}.weight"].shape
             if name == "copy":
                 torch.testing.assert_close(B @ A, torch.mm(*adapter.factors[layer]))
+
+
+def test_embeddings_are_given_back_on_the_side_that_is_named(weights):
+    g = torch.Generator().manual_seed(0)
+    E = weights[lm_model.EMBEDDING]
+    shared = torch.randn(SHAPE.hidden, generator=g)
+    D = shared + 0.01 * torch.randn(E.shape, generator=g)
+    D[:5] += torch.randn(5, SHAPE.hidden, generator=g)  # what the target was taught
+    target = weights | {lm_model.EMBEDDING: E + D}
+    pair = lm_methods.Pair(
+        lm_methods.Model("source", SHAPE, weights), lm_methods.Model("target", SHAPE, target)
+    )
+    zero = {n: (torch.zeros(len(weights[f"{n}.weight"]), 1), torch.zeros(1, 1)) for n in NAMES}
+    adapter = lm_adapters.Adapter("lora", zero, {}, 0)
+    evaluator = lm_eval.Evaluator(SHAPE, target)
+
+    def loaded(part, **options):
+        moved = lm_embeddings.beside(
+            pair, adapter, layers=lambda pair, adapter: {}, part=part, **options
+        )
+        evaluator.load(target, moved)
+        return [evaluator.weights[n] for n in (lm_model.EMBEDDING, lm_model.HEAD)]
+
+    # Sums of numbers of size 1, in another order.
+    close = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
+    for side, (at_input, at_output) in (
+        (lm_embeddings.INPUT, (E, E + D)),
+        (lm_embeddings.OUTPUT, (E + D, E)),
+    ):
+        found = loaded(lm_embeddings.whole, sides=(side,))
+        close(found[0], at_input)
+        close(found[1], at_output)
+    half, _ = loaded(lm_embeddings.whole, strength=0.5)
+    close(half, E + D / 2)
+    one, _ = loaded(partial(lm_embeddings.leading, directions=1))
+    # One direction holds what all rows have in common, but for the five.
+    assert (one - E)[5:].norm() < 0.2 * D[5:].norm()
+    kept, _ = loaded(partial(lm_embeddings.untaught, share=0.9))
+    close(kept[:5], (E + D)[:5])
+    assert int(((kept - E).abs().max(1).values < 1e-5).sum()) == round(0.9 * SHAPE.vocab)
+    moved, _ = loaded(partial(lm_embeddings.rows, count=5))
+    assert int(((moved - E).abs().max(1).values < 1e-5).sum()) == 5
+    evaluator.load(target)
+    close(evaluator.weights[lm_model.HEAD], E + D)
 
 
 def test_no_test_sentence_is_trained_on():
@@ -415,3 +462,21 @@ def test_measurement_from_training_to_document(folder, tmp_path, weights, capsys
     assert text.endswith("after\n")
     assert "### What scan says" in text
     assert (tmp_path / "quality_language.png").stat().st_size > 10_000
+
+
+def test_some_methods_are_measured_again(folder, tmp_path, weights, capsys):
+    scale = dataclasses.replace(TINY, targets={"mid": 4}, seeds=(0,))
+    lab = lm_lab.Lab(
+        folder, tmp_path / "out.json", device="cpu", scale=scale.again(), source=(SHAPE, weights)
+    )
+    measurement = lm_measure.Measurement(lab, ["copy", "embeddings q=1*"])
+    measurement.run()
+    log = capsys.readouterr().out
+    assert "failed" not in log
+    assert "late" not in log
+    found = {row["method"] for row in lab.rows if row["target"] == "mid"}
+    assert {"none", "copy", "embeddings q=1", "embeddings q=16 w=0.5"} < found
+    assert all(name.startswith(("none", "copy", "embeddings q=1")) for name in found)
+    assert "copy x1.2" not in found
+    assert {row["target"] for row in lab.rows} == {"source", "mid"}
+    assert measurement._rate["lora", "enfr"] == lm_lab.WON["lora", "enfr"][0]
