@@ -8,22 +8,25 @@ linear shapes of SDXL's U-Net. Spectra: "pow" i^-0.5, "mp" Marchenko-Pastur with
 1 - 0.9 i/n with eight outliers. Matrices of one shape are distinct: a few random ones, multiplied
 by random signs on both sides, which changes no singular value.
 
-Peers run on one matrix of each shape and are scaled to the model by count; `svd_lowrank` is driven
-until its error is that of ours, or its budget ends. Errors are `||V V^T - P||_F / ||P||_F` against
-the eigenvectors of the float64 Gram matrix. The floor is the time of the products actually made, at
-the bandwidth and matrix rate measured in the same run.
+Peers (svd_peers.py) run on one matrix of each shape and are scaled to the model by count. Those of
+cuSOLVER, called past torch, come after everything else, so that a crash in them costs no row; rows
+are saved as they are made. Errors are `||V V^T - P||_F / ||P||_F` against the eigenvectors of the
+float64 Gram matrix. The floor is the time of the products actually made, at the bandwidth and
+matrix rate measured in the same run.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.kernels.svd_judge import DEVICE, exact_basis, projector_error, short_side, timed
+from benchmarks.kernels.svd_peers import LIBRARIES, measure
 from benchmarks.record import save
 from lorax_kernels import truncated_svd
 from lorax_kernels.testing import matrix
@@ -41,18 +44,6 @@ SDXL = {
     (1280, 5120): 60,
 }
 CASES = {"L7": L7, "SDXL": SDXL}
-DEVICE = torch.device("cuda")
-
-
-def timed(call, repeats):
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        result = call()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times), result
 
 
 def ceilings():
@@ -83,24 +74,6 @@ def model(shapes, spectrum, rank, generator):
     return weights
 
 
-def exact_basis(W):
-    """Eigenvectors of the short side's float64 Gram matrix."""
-    W = W.double()
-    G = W @ W.T if W.shape[0] < W.shape[1] else W.T @ W
-    return torch.linalg.eigh(G).eigenvectors.flip(1)
-
-
-def projector_error(V, P):
-    V, P = V.double(), P.double()
-    k = P.shape[1]
-    squared = torch.linalg.matrix_norm(V.T @ V) ** 2 - 2 * torch.linalg.matrix_norm(V.T @ P) ** 2
-    return float(((squared + k) / k).clamp_min(0).sqrt())
-
-
-def short_side(svd, W):
-    return svd[0] if W.shape[0] < W.shape[1] else svd[2]
-
-
 def floor_ms(weights, results, width, ceiling):
     """Time of the products made, each the slower of its arithmetic and its reading of W."""
     total = 0.0
@@ -110,15 +83,16 @@ def floor_ms(weights, results, width, ceiling):
     return total * 1e3
 
 
-def ours(case, shapes, spectrum, rank, backend, repeats, ceiling, generator):
+def ours(shapes, spectrum, rank, backend, repeats, ceiling, generator):
     from lorax_kernels._planning import plan
 
     weights = model(shapes, spectrum, rank, generator)
 
-    def call():
-        return truncated_svd(weights, rank, tol=2e-3, backend=backend)
+    def call(some=weights):
+        return truncated_svd(some, rank, tol=2e-3, backend=backend)
 
-    call()
+    # Plain torch compiles nothing, so one matrix of every shape warms it.
+    call(list({W.shape: W for W in weights}.values()) if backend == "reference" else weights)
     ms, results = timed(call, repeats)
     errors, seen = [], set()
     for W, svd in zip(weights, results, strict=True):
@@ -130,9 +104,6 @@ def ours(case, shapes, spectrum, rank, backend, repeats, ceiling, generator):
     width = plan(m, n, rank, None, DEVICE, torch.bfloat16).width
     floor = floor_ms(weights, results, width, ceiling)
     row = {
-        "case": case,
-        "spectrum": spectrum,
-        "rank": rank,
         "method": "lorax_kernels" if backend == "auto" else f"lorax_kernels[{backend}]",
         "ms": ms,
         "projector_error": max(errors),
@@ -144,62 +115,10 @@ def ours(case, shapes, spectrum, rank, backend, repeats, ceiling, generator):
         "floor_ms": floor,
         "share_of_floor": floor / ms,
     }
-    return row, weights, results
+    return row, weights
 
 
-def svd_lowrank_driven(W, rank, target, basis, budget_ms):
-    """torch.svd_lowrank with more and more iterations until its error is the target's."""
-    q = min(int(1.6 * rank), *W.shape)
-    best = None
-    for niter in (2, 4, 8, 16, 32, 64):
-        torch.manual_seed(0)
-        ms, svd = timed(lambda n=niter: torch.svd_lowrank(W, q, niter=n), 1)
-        error = projector_error(short_side(svd, W)[:, :rank], basis)
-        best = (ms, error, niter)
-        if error <= target or ms > budget_ms:
-            break
-    return best
-
-
-def peers(case, shapes, spectrum, rank, target, budget_ms, generator):
-    """Each peer on one matrix of every shape, scaled by count."""
-    totals = {}
-    for (m, n), count in shapes.items():
-        W = matrix(NAMES[spectrum], m, n, rank, generator=generator, device=DEVICE)
-        W = W.to(torch.bfloat16).float()
-        basis = exact_basis(W)[:, :rank]
-        gram = (lambda x: x @ x.T) if m < n else (lambda x: x.T @ x)
-        calls = {
-            "torch.linalg.eigh(fp32 Gram)": lambda W=W, g=gram: torch.linalg.eigh(g(W)),
-            "torch.linalg.eigh(fp64 Gram)": lambda W=W, g=gram: torch.linalg.eigh(g(W.double())),
-            "torch.linalg.svd": lambda W=W: torch.linalg.svd(W, full_matrices=False),
-        }
-        for name, call in calls.items():
-            call()
-            ms, found = timed(call, 1)
-            V = (
-                found.eigenvectors.flip(1)
-                if "eigh" in name
-                else short_side((found.U, found.S, found.Vh.T), W)
-            )
-            add(totals, name, count * ms, projector_error(V[:, :rank], basis))
-        ms, error, niter = svd_lowrank_driven(W, rank, target, basis, budget_ms)
-        add(totals, "torch.svd_lowrank", count * ms, error, niter)
-    return [
-        {"case": case, "spectrum": spectrum, "rank": rank, "method": name, "extrapolated": True}
-        | entry
-        for name, entry in totals.items()
-    ]
-
-
-def add(totals, name, ms, error, passes=0):
-    entry = totals.setdefault(name, {"ms": 0.0, "projector_error": 0.0, "passes": 0})
-    entry["ms"] += ms
-    entry["projector_error"] = max(entry["projector_error"], error)
-    entry["passes"] = max(entry["passes"], passes)
-
-
-def warm(case, shapes, spectrum, rank, weights, before, cold_ms, generator):
+def warm(rank, weights, cold_ms, generator):
     """The same model drifted by 1 % of its norm, started from its own bases of 1.5 k columns."""
     wide = truncated_svd(weights, rank * 3 // 2, tol=2e-2)
     drifted = []
@@ -212,9 +131,6 @@ def warm(case, shapes, spectrum, rank, weights, before, cold_ms, generator):
     basis = exact_basis(drifted[0])[:, :rank]
     svd = results[0]
     return {
-        "case": case,
-        "spectrum": spectrum,
-        "rank": rank,
         "method": "lorax_kernels warm start",
         "ms": ms,
         "projector_error": projector_error(short_side((svd.U, svd.S, svd.V), drifted[0]), basis),
@@ -224,12 +140,15 @@ def warm(case, shapes, spectrum, rank, weights, before, cold_ms, generator):
 
 
 def show(row):
-    more = "".join(
-        f"  {key} {row[key]:.2f}" for key in ("share_of_floor", "share_of_cold") if key in row
-    )
+    head = f"{row['case']:5}{row['spectrum']:5}{row['rank']:4}  {row['method']:32}"
+    if "failed" in row:
+        print(f"{head}failed: {row['failed']}", flush=True)
+        return
+    ratios = ("share_of_floor", "share_of_cold", "times_ours")
+    more = "".join(f"  {key} {row[key]:.2f}" for key in ratios if key in row)
     print(
-        f"{row['case']:5}{row['spectrum']:5}{row['rank']:4}  {row['method']:32}{row['ms']:11.1f} ms"
-        f"  error {row['projector_error']:.1e}  passes {row['passes']}{more}",
+        f"{head}{row['ms']:11.1f} ms  error {row['projector_error']:.1e}  passes {row['passes']}"
+        f"{more}",
         flush=True,
     )
 
@@ -242,50 +161,45 @@ def main():
     parser.add_argument("--rank", nargs="+", type=int, default=[320, 64])
     parser.add_argument("--backend", nargs="+", default=["auto", "triton", "reference"])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--peers", nargs="*", default=["torch", "cusolver"], choices=LIBRARIES)
+    parser.add_argument("--budget", type=float, default=400, help="ms of one call of a peer")
     parser.add_argument("--no-warm", action="store_true")
     arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     generator = torch.Generator(DEVICE).manual_seed(0)
-    ceiling, rows = ceilings(), []
+    ceiling, rows, autos = ceilings(), [], {}
 
-    def keep(row):
+    def keep(setting, row):
+        row = dict(zip(("case", "spectrum", "rank"), setting, strict=True)) | row
+        if setting in autos and "ms" in row and "share_of_cold" not in row:
+            row["times_ours"] = row["ms"] / autos[setting]["ms"]
         rows.append(row)
         show(row)
         save(arguments.output, rows, ceilings=ceiling)
 
-    for case in arguments.case:
-        shapes = CASES[case]
-        for spectrum in arguments.spectrum:
-            for rank in arguments.rank:
-                auto = None
-                for backend in arguments.backend:
-                    repeats = arguments.repeats if backend == "auto" else 1
-                    row, weights, results = ours(
-                        case, shapes, spectrum, rank, backend, repeats, ceiling, generator
-                    )
-                    keep(row)
-                    if backend == "auto":
-                        auto = row
-                        if spectrum == "pow" and rank == 320 and not arguments.no_warm:
-                            keep(
-                                warm(
-                                    case,
-                                    shapes,
-                                    spectrum,
-                                    rank,
-                                    weights,
-                                    results,
-                                    row["ms"],
-                                    generator,
-                                )
-                            )
-                    del weights, results
-                if auto and not arguments.no_peers:
-                    budget = 400
-                    target = auto["projector_error"]
-                    for row in peers(case, shapes, spectrum, rank, target, budget, generator):
-                        keep(row | {"times_ours": row["ms"] / auto["ms"]})
+    def compare(setting, library):
+        case, spectrum, rank = setting
+        target = autos[setting]["projector_error"]
+        for name in LIBRARIES[library]:
+            row = measure(name, CASES[case], NAMES[spectrum], rank, target, arguments.budget)
+            keep(setting, row)
+
+    for setting in itertools.product(arguments.case, arguments.spectrum, arguments.rank):
+        case, spectrum, rank = setting
+        for backend in sorted(arguments.backend, key="auto".__ne__):
+            repeats = arguments.repeats if backend == "auto" else 1
+            row, weights = ours(CASES[case], spectrum, rank, backend, repeats, ceiling, generator)
+            keep(setting, row)
+            if backend == "auto":
+                autos[setting] = row
+                if spectrum == "pow" and rank == 320 and not arguments.no_warm:
+                    keep(setting, warm(rank, weights, row["ms"], generator))
+            del weights
+        if setting in autos and "torch" in arguments.peers:
+            compare(setting, "torch")
+    if "cusolver" in arguments.peers:
+        for setting in autos:
+            compare(setting, "cusolver")
 
 
 if __name__ == "__main__":
