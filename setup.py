@@ -26,6 +26,7 @@ CUDA_SOURCES = [
     "csrc/thin_matmul.cu",
     "csrc/gram.cu",
     "csrc/rotate.cu",
+    "csrc/narrow.cu",
     "csrc/orthonormalize.cu",
     "csrc/shift.cu",
     "csrc/symmetric_eigh.cu",

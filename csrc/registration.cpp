@@ -10,6 +10,8 @@ TORCH_LIBRARY_IMPL(lorax_kernels, CUDA, m) {
   m.impl("orthonormalize", TORCH_FN(lorax::orthonormalize));
   m.impl("symmetric_eigh", TORCH_FN(lorax::symmetric_eigh));
   m.impl("rotate", TORCH_FN(lorax::rotate));
+  m.impl("cholesky_qr", TORCH_FN(lorax::cholesky_qr));
+  m.impl("ritz", TORCH_FN(lorax::ritz));
   m.impl("shift", TORCH_FN(lorax::shift));
   m.impl("project", TORCH_FN(lorax::project));
 }

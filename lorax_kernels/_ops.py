@@ -78,6 +78,36 @@ def _orthonormalize_fake(X: torch.Tensor, quick: bool) -> torch.Tensor:
     return torch.empty_like(X, memory_format=torch.contiguous_format)
 
 
+def check_cholesky_qr(X: torch.Tensor) -> None:
+    """Raises ValueError or TypeError unless `cholesky_qr` can take this block."""
+    check_orthonormalize(X)
+
+
+def _cholesky_qr_fake(X: torch.Tensor) -> torch.Tensor:
+    check_cholesky_qr(X)
+    return torch.empty_like(X, memory_format=torch.contiguous_format)
+
+
+def check_ritz(Q: torch.Tensor, B: torch.Tensor, k: int) -> None:
+    """Raises ValueError or TypeError unless `ritz` can take these arguments."""
+    _block("Q", Q, (torch.float32,))
+    _block("B", B, (torch.float32,))
+    _same("batch sizes of Q and B", Q.shape[0], B.shape[0])
+    _same("columns of Q and B", Q.shape[2], B.shape[2])
+    _same("devices of Q and B", Q.device, B.device)
+    if not 1 <= k <= Q.shape[2]:
+        raise ValueError(f"k must be from 1 to the {Q.shape[2]} columns of Q, got {k}")
+
+
+def _ritz_fake(
+    Q: torch.Tensor, B: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_ritz(Q, B, k)
+    shapes = (Q.shape[0], Q.shape[1], k), (Q.shape[0], k), (B.shape[0], B.shape[1], k)
+    U, S, V = (Q.new_empty(shape) for shape in shapes)
+    return U, S, V, Q.new_empty(Q.shape[0], dtype=torch.int32)
+
+
 def check_symmetric_eigh(H: torch.Tensor) -> None:
     """Raises ValueError or TypeError unless `symmetric_eigh` can take this batch."""
     _block("H", H, (torch.float32, torch.float64))
@@ -170,6 +200,8 @@ _define(
 )
 _define("gram", "(Tensor X, ScalarType dtype) -> Tensor", _gram_fake)
 _define("orthonormalize", "(Tensor X, bool quick) -> Tensor", _orthonormalize_fake)
+_define("cholesky_qr", "(Tensor X) -> Tensor", _cholesky_qr_fake)
+_define("ritz", "(Tensor Q, Tensor B, int k) -> (Tensor, Tensor, Tensor, Tensor)", _ritz_fake)
 _define("symmetric_eigh", "(Tensor H) -> (Tensor, Tensor)", _symmetric_eigh_fake)
 _define("rotate", "(Tensor X, Tensor R) -> Tensor", _rotate_fake)
 _define("shift", "(Tensor Z, Tensor X, Tensor a, Tensor s) -> Tensor", _shift_fake)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The building blocks: each a public function, its PyTorch reference beside it, and its kernels."""
 
+from .cholesky_qr import cholesky_qr as cholesky_qr
 from .gram import gram as gram
 from .orthonormalize import orthonormalize as orthonormalize
 from .project import project as project
+from .ritz import ritz as ritz
 from .rotate import rotate as rotate
 from .shift import shift as shift
 from .symmetric_eigh import symmetric_eigh as symmetric_eigh
