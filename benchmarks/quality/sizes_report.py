@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of the measurement between two sizes of one family."""
+
+import json
+import statistics
+from pathlib import Path
+
+from .lm_report import BEGIN, END, _spread, score, select
+
+
+def lifts(rows, row):
+    """Percent of the target's own adapters' lift that a row keeps."""
+    none = select(rows, target=row["target"], method="none")[0]["nll"]
+    trained = [r["nll"] for r in select(rows, target=row["target"], method="trained")]
+    return 100 * (none - row["nll"]) / (none - statistics.mean(trained))
+
+
+def table(rows, source, target):
+    """Every method from a source to a target, best first, between nothing and the ceiling."""
+    moved = {}
+    for row in rows:
+        if row["target"] == target and row.get("source") == source:
+            moved.setdefault(row["method"], []).append(row)
+    order = sorted(moved, key=lambda m: statistics.mean(r["nll"] for r in moved[m]))
+    ends = {m: select(rows, target=target, method=m) for m in ("none", "trained")}
+    lines = ["| method | NLL | lift kept, % | BLEU | ms |", "|---|---|---|---|---|"]
+    for method in ("none", *order, "trained"):
+        found = ends.get(method) or moved[method]
+        times = [r["transfer_ms"] for r in found if "transfer_ms" in r]
+        cells = [
+            f"*{method}*" if method in ends or "control" in method else method,
+            _spread([r["nll"] for r in found], 3),
+            "" if method == "none" else _spread([lifts(rows, r) for r in found], 0),
+            _spread([r["bleu"] for r in found if "bleu" in r], 1),
+            f"{statistics.median(times):.0f}" if times else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tables(rows):
+    """Both directions."""
+    parts = []
+    for source, target in (("small", "large"), ("large", "small")):
+        if select(rows, source=source, target=target):
+            parts += [f"### {source} to {target}", table(rows, source, target)]
+    return "\n\n".join(parts)
+
+
+def report(path, document=None, references=None):
+    """Score the answers where their references are at hand, and write or print the tables."""
+    if references is not None:
+        score(path, json.loads(Path(references).read_text("utf-8")))
+    text = tables(json.loads(Path(path).read_text("utf-8"))["rows"])
+    if document is None:
+        print(text)
+        return
+    content = Path(document).read_text("utf-8")
+    if BEGIN not in content or END not in content:
+        raise SystemExit(f"{document} needs the lines {BEGIN} and {END}; put them in.")
+    before, after = content.split(BEGIN)[0], content.split(END)[1]
+    Path(document).write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", "utf-8")
