@@ -71,6 +71,7 @@ def fold(
         raise TransferError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}.")
     check_output(Path(output), overwrite)
     native = read_lorax(adapter)
+    native.check_foldable()
     place = pick_device(device)
     probe_backend(place, backend)
     kept = cache or os.environ.get(CACHE_VARIABLE) or None

@@ -116,7 +116,8 @@ def contract(
         AdapterError: singular vectors of the target are not determined.
     """
     names = {planned.module: planned.target_tensor for planned in plan.layers}
-    layers = {}
+    layers, convolutions = {}, {}
+    known = native.config.get("convolutions", {})
     for module, (layer, svd) in moved.items():
         svd = check_basis(svd, module)
         B, A = layer.matrix_B.double(), layer.matrix_A.double()
@@ -129,6 +130,8 @@ def contract(
         # Its path in the target, which differs where models of another depth are aligned.
         path = layer.module
         layers[path] = NativeLayer(path, core.float(), probe(svd.U).cpu(), digest(weight))
+        if module in known:
+            convolutions[path] = known[module]
     config = {
         **native.config,
         "core": "full",
@@ -138,6 +141,8 @@ def contract(
         "scale": 1.0,
         "target_modules": list(layers),
     }
+    if known:
+        config["convolutions"] = convolutions
     return NativeAdapter(layers, config, native.metadata, native.location, native.content_hash)
 
 

@@ -74,6 +74,8 @@ class Run:
                 f"dtype is {self.settings.dtype}, but cores are float32; add --form lora to write "
                 "factors of that dtype."
             )
+        if self.native is not None and self.settings.form == "lora":
+            self.native.check_foldable()
         with open_checkpoint(source) as self.source, open_checkpoint(target) as self.target:
             if self.native is not None:
                 self.adapter = self._expand(self.native, is_dry)
@@ -167,6 +169,7 @@ class Run:
                 "leading subspaces, so that no core stands for it; use --form lora, or --method "
                 "lorax."
             )
+        self.native.check_foldable()
         return None
 
     @property

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A LoRA-X adapter as an ordinary LoRA: stock PEFT computes the same."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 import lorax_transfer
 from lorax_transfer import cli
 from lorax_transfer.errors import AdapterError, MatchError, OutputError
-from lorax_transfer.peft import add_lorax_adapter, save_as_lora
+from lorax_transfer.peft import add_lorax_adapter, load_lorax_adapter, save_as_lora
 
 # peft 0.21 asks transformers 5.23 for it.
 pytestmark = pytest.mark.filterwarnings(
@@ -96,6 +97,55 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MatchError, match="not the weight that the core of"):
         lorax_transfer.fold(tmp_path / "native", tmp_path / "base", tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{"dilation": 2}, {"padding": 1, "padding_mode": "reflect"}], ids=["dilated", "pad"]
+)
+def test_files_know_of_convolutions_that_an_ordinary_lora_passes_over(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    def made(seed: int, path: Path) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 6, 3, **options))
+        pairs.save_model(model, path)
+        return model
+
+    source, target = made(0, tmp_path / "source"), made(1, tmp_path / "target")
+    model = add_lorax_adapter(copy.deepcopy(source), 4, target_modules=["0", "1"])
+    adapter_makers.randomise(model)
+    native = tmp_path / "native"
+    model.save_pretrained(native)
+    x = torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(load_lorax_adapter(source, native)(x), model(x))
+
+    places = (native, tmp_path / "source", tmp_path / "target", tmp_path / "lora")
+    message = "1 is a convolution with dilation"
+    with pytest.raises(AdapterError, match=message):
+        lorax_transfer.fold(native, tmp_path / "source", tmp_path / "lora")
+    for more in ({"form": "lora"}, {"method": "copy"}):
+        with pytest.raises(AdapterError, match=message):
+            lorax_transfer.transfer(*places, **more)
+    assert not (tmp_path / "lora").exists()
+    # What is moved as cores still knows.
+    lorax_transfer.transfer(native, tmp_path / "source", tmp_path / "target", tmp_path / "moved")
+    load_lorax_adapter(target, tmp_path / "moved")
+    with pytest.raises(AdapterError, match=message):
+        lorax_transfer.fold(tmp_path / "moved", tmp_path / "target", tmp_path / "lora")
+
+    config = json.loads((native / "adapter_config.json").read_text())
+    assert config["convolutions"]["0"]["stride"] == [1, 1]
+    # A file from before they were recorded, and one that is damaged.
+    for recorded, error in ((None, None), ({"1": {"stride": [1, 1]}}, "expected dilation and")):
+        changed = {key: value for key, value in config.items() if key != "convolutions"}
+        if recorded is not None:
+            changed["convolutions"] = recorded
+        (native / "adapter_config.json").write_text(json.dumps(changed))
+        if error is None:
+            lorax_transfer.fold(native, tmp_path / "source", tmp_path / "lora")
+        else:
+            with pytest.raises(AdapterError, match=error):
+                lorax_transfer.fold(native, tmp_path / "source", tmp_path / "other")
 
 
 def test_what_an_ordinary_lora_cannot_hold_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from lorax_transfer.adapters.lorax_form import (
     FORMAT_VERSION,
     PEFT_TYPE,
     PROBES,
+    check_convolution,
     core_shape,
     dense_core,
 )
@@ -76,6 +77,15 @@ class NativeAdapter:
             `(k, k)` float32.
         """
         return dense_core(weight.float(), self.config["core"]) * self.config["scale"]
+
+    def check_foldable(self) -> None:
+        """See to it that an ordinary LoRA can hold the update, as far as the file says.
+
+        Raises:
+            AdapterError: a convolution is dilated or padded with other than zeros.
+        """
+        for module, how in self.config.get("convolutions", {}).items():
+            check_convolution(module, how)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The tensors by the names of the file."""
@@ -172,6 +182,19 @@ def _check_config(config: dict[str, Any], directory: Path) -> None:
             f"{config.get('scale')!r} and bandwidth "
             f"{config.get('bandwidth')!r}, expected one of {', '.join(CORES)} and two numbers; "
             "copy or save the adapter again."
+        )
+    _check_convolutions(config.get("convolutions", {}), directory / CONFIG_FILE)
+
+
+def _check_convolutions(found: object, path: Path) -> None:
+    of_all = list(found.values()) if isinstance(found, dict) else [None]
+    if not all(
+        isinstance(how, dict) and isinstance(how.get("dilation"), list) and how.get("padding_mode")
+        for how in of_all
+    ):
+        raise AdapterError(
+            f"{path} has convolutions {found!r}, expected dilation and padding_mode of each; copy "
+            "or save the adapter again."
         )
 
 

@@ -10,6 +10,8 @@ The digest says that it is the same weight, the projections give the sign and sh
 
 import hashlib
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -98,6 +100,25 @@ def check_basis(svd: lk.SVD, module: str) -> lk.SVD:
             "are not determined; leave it out of the target modules."
         )
     return svd
+
+
+def check_convolution(module: str, how: Mapping[str, Any]) -> None:
+    """See to it that an ordinary LoRA of PEFT computes a convolution as its base layer does.
+
+    Args:
+        module: its module, for the error.
+        how: its "dilation" and "padding_mode", as the native form records them.
+
+    Raises:
+        AdapterError: it does not.
+    """
+    dilation, padding_mode = how["dilation"], how["padding_mode"]
+    if set(dilation) != {1} or padding_mode != "zeros":
+        raise AdapterError(
+            f"{module} is a convolution with dilation {tuple(dilation)} and padding mode "
+            f"{padding_mode!r}, which PEFT's LoRA passes over; keep the native form, or merge the "
+            "adapter into the model."
+        )
 
 
 def digest(weight: torch.Tensor) -> torch.Tensor:

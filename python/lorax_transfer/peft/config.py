@@ -31,7 +31,7 @@ _KEPT = (
 )
 # The name of an initialisation: a layer of an ordinary LoRA refuses it.
 _INIT = PEFT_TYPE.lower()
-_OWN = ("core", "energy", "bandwidth", "scale")
+_OWN = ("core", "energy", "bandwidth", "scale", "convolutions")
 # For these tasks PEFT trains and saves a new head beside the adapter.
 _WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
@@ -51,6 +51,8 @@ class LoraXConfig(LoraConfig):
         bandwidth: diagonals beside the main one on either side that a banded core trains.
         scale: what multiplies the update; with Adam a multiplier of the learning rate.
         target_modules: names of modules, a regular expression, or "all-linear".
+        convolutions: stride, padding, dilation and padding mode of adapted convolutions, which the
+            layers fill in; `fold` looks there.
 
     Raises:
         AdapterError: an option is out of range or belongs to an ordinary LoRA only.
@@ -71,6 +73,9 @@ class LoraXConfig(LoraConfig):
     energy: float | None = field(default=None, metadata={"help": "Share of each weight to keep."})
     bandwidth: int = field(default=0, metadata={"help": "Side diagonals of a banded core."})
     scale: float = field(default=1.0, metadata={"help": "Factor of the update."})
+    convolutions: dict[str, dict[str, Any]] = field(
+        default_factory=dict, metadata={"help": "Filled in by the layers."}
+    )
 
     def __post_init__(self) -> None:
         """Check the options and have PEFT build layers of LoRA-X."""
@@ -133,6 +138,8 @@ class LoraXConfig(LoraConfig):
         """The content of the native form's ``adapter_config.json``."""
         everything = super().to_dict()
         kept = {name: everything[name] for name in (*_KEPT, *_OWN) if name in everything}
+        if not self.convolutions:
+            del kept["convolutions"]
         # PEFT keeps module names as a set, whose order changes from run to run.
         kept.update({key: sorted(x) for key, x in kept.items() if isinstance(x, (set, list))})
         return {**kept, "peft_type": PEFT_TYPE, "format_version": FORMAT_VERSION}

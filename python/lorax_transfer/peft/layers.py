@@ -13,7 +13,14 @@ from transformers.pytorch_utils import Conv1D
 
 import lorax_kernels as lk
 from lorax_transfer.adapters.adapter import FACTOR_DTYPES
-from lorax_transfer.adapters.lorax_form import align, check_basis, digest, matching, probe
+from lorax_transfer.adapters.lorax_form import (
+    align,
+    check_basis,
+    check_convolution,
+    digest,
+    matching,
+    probe,
+)
 from lorax_transfer.errors import AdapterError, MatchError
 
 from .bases import bases_of
@@ -33,6 +40,7 @@ class LoraXLayer(nn.Module, LoraLayer):
     adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_core")
     _FROZEN = ("lora_A", "lora_B")
     lora_core: nn.ModuleDict
+    _path: str | None = None
 
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any
@@ -49,7 +57,7 @@ class LoraXLayer(nn.Module, LoraLayer):
             super().update_layer(adapter_name, r, lora_alpha=alpha, config=config, **kwargs)
             return
         base = self.get_base_layer()
-        name = kwargs.get("target_name") or type(base).__name__
+        name = kwargs.get("target_name") or self._path or type(base).__name__
         _check_base(base, name)
         if self.merged:
             raise AdapterError(
@@ -59,6 +67,8 @@ class LoraXLayer(nn.Module, LoraLayer):
         # PEFT's flag is one for all layers; here it is set where it is true, and kept in the file.
         self.fan_in_fan_out = self._is_transposed
         config.fan_in_fan_out |= self._is_transposed
+        if isinstance(base, nn.Conv2d):
+            config.convolutions[name] = _how(base)
         self.lora_variant[adapter_name] = LoraXVariant()
         self.use_dora[adapter_name] = self.use_rslora[adapter_name] = False
         self.lora_bias[adapter_name] = False
@@ -269,8 +279,10 @@ class LoraXConv2d(LoraXLayer, Conv2d):
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Take the place of a convolution."""
+        # PEFT keeps it to itself.
+        self._path = kwargs.get("target_name")
         # Before PEFT, which warns of groups and goes on.
-        _check_base(base_layer, kwargs.get("target_name") or "a convolution")
+        _check_base(base_layer, self._path or "a convolution")
         super().__init__(base_layer, *args, **kwargs)
 
     def update_of(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
@@ -287,13 +299,18 @@ class LoraXConv2d(LoraXLayer, Conv2d):
 
     def check_foldable(self, module: str) -> None:
         """Raise AdapterError if the convolution is one that PEFT's LoRA does not follow."""
-        base = cast(nn.Conv2d, self.get_base_layer())
-        if set(base.dilation) != {1} or base.padding_mode != "zeros":
-            raise AdapterError(
-                f"{module} is a convolution with dilation {base.dilation} and padding mode "
-                f"{base.padding_mode!r}, which PEFT's LoRA passes over; keep the native form, or "
-                "merge the adapter into the model."
-            )
+        check_convolution(module, _how(cast(nn.Conv2d, self.get_base_layer())))
+
+
+def _how(base: nn.Conv2d) -> dict[str, Any]:
+    """What a convolution does besides its weight, for a file that does not hold the model."""
+    padding = base.padding if isinstance(base.padding, str) else list(base.padding)
+    return {
+        "stride": list(base.stride),
+        "padding": padding,
+        "dilation": list(base.dilation),
+        "padding_mode": base.padding_mode,
+    }
 
 
 def _check_base(base: nn.Module, name: str) -> None:
