@@ -95,6 +95,6 @@ class Evaluation:
         text = self.emoji.text[self.emoji.indices("test")[self.captions]]
         steps = self.size.sample_steps
         images = image_model.sample(self.predict, text, steps=steps, guidance=2.0, seed=seed)
-        if seed == 0:
+        if seed == self.size.seeds[0]:
             self._keep(name, images[:PICTURES])
         return found | asdict(self.scorer(images, self.captions))

@@ -63,9 +63,10 @@ def noise(data: Path, folder: Path, style: str) -> None:
     unet = image_model.build(size.side, size.channels, size.layers, text.shape[-1])
     source = image_scan.checkpoint(folder, "source", size)
     tensors = load_file(folder / "adapters.safetensors")
+    first = facts["rows"][0]["seed"]
     facts["noise"] = []
     for kind in ("lora", "lorax"):
-        adapter = image_adapters.restored(tensors, f"0.{kind}", source, size.rank)
+        adapter = image_adapters.restored(tensors, f"{first}.{kind}", source, size.rank)
         known = image_methods.methods(kind)
         chosen: dict[str, Callable] = {m: known[m] for m in METHODS if m in known}
         chosen["restore 16, by drift"] = _by_drift

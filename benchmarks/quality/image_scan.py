@@ -42,10 +42,11 @@ def scan(folder: Path) -> None:
     size = measured_size(facts)
     source = checkpoint(folder, "source", size)
     tensors = load_file(folder / "adapters.safetensors")
+    first = facts["rows"][0]["seed"]
     facts["scan"] = []
     with tempfile.TemporaryDirectory() as scratch:
         for kind in ("lora", "lorax"):
-            adapter = image_adapters.restored(tensors, f"0.{kind}", source, size.rank)
+            adapter = image_adapters.restored(tensors, f"{first}.{kind}", source, size.rank)
             image_adapters.save_peft(
                 Path(scratch) / kind, adapter.factors, source.layers, source.name
             )

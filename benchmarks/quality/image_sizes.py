@@ -18,6 +18,7 @@ class Size:
         adapter: training of an adapter, of either kind; the rate is one of `rates`.
         rates: learning rates of each kind of adapter.
         tuning: steps after which the best of several rates is chosen.
+        seeds: of adapters; source and targets are the same for all.
     """
 
     side: int
@@ -29,7 +30,7 @@ class Size:
     adapter: Schedule
     rates: dict[str, tuple[float, ...]]
     tuning: int
-    seeds: int
+    seeds: tuple[int, ...]
     judge_steps: int
     judge_width: int
     draws: int
@@ -54,7 +55,7 @@ SIZES = {
         adapter=Schedule(steps=500, batch=128, lr=0.0, seconds=18),
         rates={"lora": (1e-3, 2e-3, 4e-3, 8e-3), "lorax": (1e-3, 3e-3, 1e-2, 3e-2)},
         tuning=200,
-        seeds=3,
+        seeds=(0, 1, 2),
         judge_steps=500,
         judge_width=64,
         draws=8,
@@ -75,7 +76,7 @@ SIZES = {
         adapter=Schedule(steps=100, batch=32, lr=0.0, warmup=10, seconds=40),
         rates={"lora": (1e-2,), "lorax": (1e-2,)},
         tuning=0,
-        seeds=1,
+        seeds=(0,),
         judge_steps=40,
         judge_width=16,
         draws=2,
@@ -93,7 +94,7 @@ SIZES = {
         adapter=Schedule(steps=6, batch=8, lr=0.0, warmup=2),
         rates={"lora": (1e-6, 2e-2), "lorax": (2e-2,)},
         tuning=4,
-        seeds=2,
+        seeds=(0, 1),
         judge_steps=2,
         judge_width=8,
         draws=1,

@@ -20,6 +20,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -182,7 +183,11 @@ def tune(run: Measurement, source: Checkpoint, evaluate: Evaluation) -> None:
 
 
 def one_seed(
-    run: Measurement, models: dict[str, Checkpoint], evaluate: Evaluation, seed: int
+    run: Measurement,
+    models: dict[str, Checkpoint],
+    evaluate: Evaluation,
+    seed: int,
+    without: Sequence[str] = (),
 ) -> None:
     """Train this seed's adapters on every model, move the source's, score all."""
     source = models["source"]
@@ -210,6 +215,8 @@ def one_seed(
                 continue
             move = image_methods.Move(source, model, trained[kind, "source"])
             for method, function in image_methods.methods(kind).items():
+                if method in without:
+                    continue
                 if not any(row["method"] == method and row["kind"] == kind for row in run.rows):
                     function(move)  # the first call of a method compiles what it needs
                 factors, ms = image_methods.transfer(move, function)
@@ -236,8 +243,15 @@ def measure(
     device: str,
     models: Path | None = None,
     budget: float = 1e9,
+    without: Sequence[str] = (),
 ) -> list[dict]:
-    """Everything; stops before a seed that would not end within the budget, in seconds."""
+    """Everything; stops before a seed that would not end within the budget, in seconds.
+
+    Methods named in `without` are left out.
+    """
+    known = {method for kind in KINDS for method in image_methods.methods(kind)}
+    if unknown := sorted(set(without) - known):
+        raise SystemExit(f"no method {unknown[0]!r}; known are {', '.join(sorted(known))}.")
     torch.backends.cudnn.benchmark = True
     run = Measurement(data, output, size, torch.device(device))
     checkpoints = run.models(models or output / "models")
@@ -252,13 +266,14 @@ def measure(
     run.say("bases of every model")
     tune(run, source, evaluate)
     run.facts["rates"] = run.rates
-    for seed in range(size.seeds):
+    for seed in size.seeds:
         start = run.elapsed
-        one_seed(run, checkpoints, evaluate, seed)
+        one_seed(run, checkpoints, evaluate, seed, without)
         taken = run.elapsed - start
         run.say(f"seed {seed} took {taken:.1f} s")
         if run.elapsed + taken > budget:
-            run.say("no further seed fits into the budget")
+            if seed != size.seeds[-1]:
+                run.say("no further seed fits into the budget")
             break
     run.store(evaluate.pictures)
     return run.rows
@@ -276,7 +291,10 @@ def arguments() -> argparse.ArgumentParser:
     run.add_argument("--models", type=Path, help="where models are kept; by default with the rest")
     run.add_argument("--size", choices=SIZES, default="full")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    run.add_argument("--seeds", type=int)
+    run.add_argument("--seeds", type=int, nargs="+", help="of adapters, one after another")
+    rates = ("LORA", "LORAX")
+    run.add_argument("--rates", type=float, nargs=2, metavar=rates, help="known learning rates")
+    run.add_argument("--without", nargs="+", default=[], metavar="METHOD", help="left out")
     run.add_argument("--budget", type=float, default=1e9, help="seconds")
     scan = commands.add_parser("scan", help="ask the tool what it would do")
     noise = commands.add_parser("noise", help="compare methods picture by picture")
@@ -300,7 +318,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     size = SIZES[options.size]
     if options.seeds is not None:
-        size = replace(size, seeds=options.seeds)
+        size = replace(size, seeds=tuple(options.seeds))
+    if options.rates is not None:
+        given = {kind: (rate,) for kind, rate in zip(KINDS, options.rates, strict=True)}
+        size = replace(size, rates=given)
     measure(
         options.data,
         options.output,
@@ -308,6 +329,7 @@ def main(argv: list[str] | None = None) -> None:
         device=options.device,
         models=options.models,
         budget=options.budget,
+        without=options.without,
     )
 
 

@@ -196,6 +196,37 @@ def test_models_that_were_kept_are_read_back(measured, data):
     assert "base" not in run.facts["seconds"]
 
 
+def test_seeds_share_their_models_and_methods_may_be_left_out(
+    measured, data, tmp_path, monkeypatch
+):
+    """What the command line says of seeds, rates and methods; the models are those at hand."""
+    monkeypatch.setattr(image_transfer, "SIZES", {"full": SIZE})
+    names = list(image_methods.methods("lora") | image_methods.methods("lorax"))
+    command = ["run", "--data", str(data), "--output", str(tmp_path), "--device", "cpu"]
+    command += [
+        "--models",
+        str(measured / "models"),
+        "--seeds",
+        "4",
+        "2",
+        "--rates",
+        "0.01",
+        "0.02",
+    ]
+    image_transfer.main([*command, "--without", *(n for n in names if n != "copy")])
+    result = json.loads((tmp_path / "images.json").read_text())
+    assert result["rates"] == {"lora": 0.01, "lorax": 0.02}
+    assert {row["method"] for row in result["rows"]} == {"none", "trained", "copy"}
+    moved = [r for r in result["rows"] if r["method"] == "copy" and r["kind"] == "lora"]
+    assert [row["seed"] for row in moved] == [4, 2]
+    assert moved[0]["loss"] != moved[1]["loss"]
+    text = image_report.table(result["rows"], "near", "lora")
+    losses = [1000 * row["loss"] for row in moved]
+    assert f"| copy | {np.mean(losses):.2f} ± {np.std(losses, ddof=1):.2f} |" in text
+    with pytest.raises(SystemExit, match="no method 'restor'"):
+        image_transfer.main([*command, "--without", "restor"])
+
+
 def test_report_of_a_run(measured, tmp_path):
     document = tmp_path / "page.md"
     document.write_text(f"before\n{image_report.BEGIN}\nold\n{image_report.END}\nafter\n")
