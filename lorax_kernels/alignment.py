@@ -47,11 +47,20 @@ def procrustes(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
             f"two matrices with equally many rows are needed, got {tuple(X.shape)} and "
             f"{tuple(Y.shape)}"
         )
+    if len(X) < min(X.shape[1], Y.shape[1]):
+        return _polar_of_product(Y.double().mT, X.double()).float()
     rows = max(1, _CHUNK_BYTES // (8 * max(X.shape[1], Y.shape[1])))
     cross = torch.zeros(Y.shape[1], X.shape[1], dtype=torch.float64, device=X.device)
     for x, y in zip(X.split(rows), Y.split(rows), strict=True):
         cross += y.double().mT @ x.double()
     return _polar(cross).float() if len(cross) >= len(cross.mT) else _polar(cross.mT).mT.float()
+
+
+def _polar_of_product(L: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+    """`_polar` of `L R` where the two share a short side: of a square matrix of that side."""
+    Q_L, T_L = torch.linalg.qr(L)
+    Q_R, T_R = torch.linalg.qr(R.mT)
+    return Q_L @ _polar(T_L @ T_R.mT) @ Q_R.mT
 
 
 def _polar(M: torch.Tensor) -> torch.Tensor:
@@ -104,9 +113,14 @@ def inner_map(stream: torch.Tensor, reads: Pairs = (), writes: Pairs = ()) -> to
                 f"the stream's map is {tuple(P.shape)}, so weights must meet streams of "
                 f"{P.shape[1]} and {P.shape[0]}, got {W_s.shape[0]} and {W_t.shape[0]}"
             )
-        # Each weight says as much as any other, whatever its size.
-        for found, W in ((left, P @ W_s.double()), (right, W_t.double())):
-            found.append(W / W.norm().clamp(min=torch.finfo(torch.float64).tiny))
+        X, Y = W_s.double(), W_t.double()
+        tiny = torch.finfo(torch.float64).tiny
+        # Each weight says as much as any other, whatever its size. Only `X^T P^T Y` matters: P is
+        # applied where that leaves fewer rows.
+        X, Y = X / (P @ X).norm().clamp(min=tiny), Y / Y.norm().clamp(min=tiny)
+        wide = P.shape[0] > P.shape[1]
+        left.append(X if wide else P @ X)
+        right.append(P.mT @ Y if wide else Y)
     return procrustes(torch.cat(left), torch.cat(right))
 
 

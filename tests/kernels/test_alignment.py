@@ -60,6 +60,20 @@ def test_directions_that_no_row_tells_about_go_to_zero():
     assert float((P @ torch.linalg.svd(X).Vh[4:].T).abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize(("d_s", "d_t"), [(4, 6), (6, 4)], ids=["wider", "narrower"])
+def test_inner_map_is_the_polar_factor_of_what_the_weights_share(d_s, d_t):
+    """Few rows and spaces wider than their number: the quick way, against the definition."""
+    h_s, h_t = 20, 31
+    P = semi_orthogonal(d_t, d_s, seed=0)
+    old, new = normal(h_s, d_s, seed=1), normal(h_t, d_t, seed=2)
+    cross = new.double() @ P.double() @ old.double().T
+    U, S, Vh = torch.linalg.svd(cross, full_matrices=False)
+    told = int((1e-9 * S[0] < S).sum())
+    assert told == 4
+    got = lk.inner_map(P, reads=[(old, new)])
+    assert relative(got, U[:, :told] @ Vh[:told]) < 1e-5
+
+
 def mlp(h, d, seed):
     """Gate, up and down of one block."""
     return normal(h, d, seed=seed), normal(h, d, seed=seed + 1), normal(d, h, seed=seed + 2)
