@@ -19,7 +19,7 @@ import torch
 from .lm_model import EMBEDDING, HEAD, Shape
 
 INDEX = "index.json"
-PART_BYTES = 57_000_000
+PART_BYTES = 58_000_000
 
 
 def encode(matrix, step):
