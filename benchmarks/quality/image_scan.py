@@ -60,8 +60,11 @@ def scan(folder: Path) -> None:
                     cache=Path(scratch) / "bases",
                 )
                 advice = report.recommendation
-                row = {"pair": name, "kind": kind, "verdict": advice.verdict}
-                row |= {"reason": advice.reason, "seconds": time.perf_counter() - start}
+                assert advice is not None, "a scan recommends something"
+                row = {
+                    **{"pair": name, "kind": kind, "verdict": advice.verdict},
+                    **{"reason": advice.reason, "seconds": time.perf_counter() - start},
+                }
                 facts["scan"].append(row)
                 print(row, flush=True)
     temporary = path.with_suffix(".tmp")

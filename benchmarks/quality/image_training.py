@@ -139,16 +139,17 @@ class Run:
                 self._step()
             else:
                 if self.graph is None:
-                    self._capture()
+                    self.graph = self._capture()
                 self.graph.replay()
         self.done += 1
 
-    def _capture(self) -> None:
+    def _capture(self) -> torch.cuda.CUDAGraph:
         self.optimizer.zero_grad(set_to_none=True)
-        self.graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(self.graph, stream=self.stream):
+        with torch.cuda.graph(graph, stream=self.stream):
             self._step()
+        return graph
 
     def result(self) -> dict[str, torch.Tensor]:
         """The trained parameters, detached."""

@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -79,7 +80,7 @@ class Measurement:
         self.facts["seconds"]["total"] = self.elapsed
         save(self.output / "images.json", self.rows, **self.facts, log=self.log)
         temporary = self.output / "pictures.tmp.npz"
-        np.savez_compressed(temporary, **pictures)
+        np.savez_compressed(temporary, **cast(dict[str, Any], pictures))
         temporary.replace(self.output / "pictures.npz")
         if self.adapters:
             save_file(self.adapters, self.output / "adapters.safetensors")
@@ -320,7 +321,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.seeds is not None:
         size = replace(size, seeds=tuple(options.seeds))
     if options.rates is not None:
-        given = {kind: (rate,) for kind, rate in zip(KINDS, options.rates, strict=True)}
+        pairs = zip(KINDS, options.rates, strict=True)
+        given: dict[str, tuple[float, ...]] = {kind: (rate,) for kind, rate in pairs}
         size = replace(size, rates=given)
     measure(
         options.data,

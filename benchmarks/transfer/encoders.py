@@ -46,7 +46,7 @@ JOBS = [
     ("restore", {"directions": 16, "strength": 1.0}),
     ("restore", {"directions": 384, "strength": 1.0}),
 ]
-DEEPER_JOBS = [("copy", {}), ("aligned", {})]
+DEEPER_JOBS: list[tuple[str, dict]] = [("copy", {}), ("aligned", {})]
 
 # Written for this measurement; the fine-tune's training pairs are of this kind.
 OPERATIONS = [
