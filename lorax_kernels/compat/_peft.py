@@ -243,6 +243,22 @@ TOOL = Tool(
             _pissa.update_layer,
         ),
         Patch(
+            "torch.nn.modules.linear:Linear.reset_parameters",
+            "nothing, but for these factors",
+            _pissa.reset_parameters,
+            tool="peft",
+        ),
+        Patch(
+            "peft.tuners.tuners_utils:BaseTunerLayer._move_adapter_to_device_of_base_layer",
+            "factors that PiSSA allocated beside their weight are not moved there once more",
+            _pissa.move_adapter,
+        ),
+        Patch(
+            "peft.tuners.lora.model:LoraModel._replace_module",
+            "the same",
+            _pissa.replace_module,
+        ),
+        Patch(
             "peft.tuners.lora.model:LoraModel.inject_adapter",
             "PiSSA layers of equal shapes are decomposed together once all are there",
             _pissa.inject_adapter,

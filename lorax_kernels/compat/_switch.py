@@ -63,11 +63,13 @@ class Door:
 class Patch:
     """One attribute and its replacement; installed while any handle wants it."""
 
-    def __init__(self, target: str, does: str, replacement: Replacement) -> None:
-        """Names the attribute as "module:Class.attribute"."""
+    def __init__(
+        self, target: str, does: str, replacement: Replacement, tool: str | None = None
+    ) -> None:
+        """Names the attribute as "module:Class.attribute"; `tool` if not the module's package."""
         self.target, self.does, self.replacement = target, does, replacement
         self.module, _, self.path = target.partition(":")
-        self.tool = self.module.partition(".")[0]
+        self.tool = tool or self.module.partition(".")[0]
         self._before: object = _MISSING
         self._wrapper: Callable[..., Any] | None = None
 

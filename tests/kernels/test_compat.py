@@ -5,6 +5,8 @@ Ranks are far below the sides and spectra are random, so that the cut is determi
 tolerance of a truncated SVD is the only difference. `1e-3` below is that tolerance.
 """
 
+import contextlib
+
 import peft
 import pytest
 import torch
@@ -123,6 +125,62 @@ def test_random_numbers_that_nobody_sees_are_not_drawn(init, draws):
     assert torch.equal(before, torch.get_rng_state()) != draws
     for layer in lora_layers(model).values():
         assert torch.linalg.norm(layer.lora_A["default"].weight) > 0
+
+
+def test_other_linear_layers_are_filled_as_ever():
+    torch.manual_seed(3)
+    plain = torch.nn.Linear(5, 4)
+    with compat.enable("peft"):
+        pissa("pissa")
+        torch.manual_seed(3)
+        found = torch.nn.Linear(5, 4)
+    assert torch.equal(found.weight, plain.weight)
+    assert torch.equal(found.bias, plain.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_pissa_leaves_parameters_as_peft_does(dtype):
+    """Names, shapes, dtypes and gradients, with what PEFT would do to factors afterwards."""
+    models = []
+    for is_on in (False, True):
+        config = peft.LoraConfig(r=4, target_modules=LINEAR, init_lora_weights="pissa")
+        handle = compat.enable("peft") if is_on else contextlib.nullcontext()
+        with handle:
+            models.append(peft.get_peft_model(Net(dtype), config, autocast_adapter_dtype=False))
+    exact, ours = (
+        {n: (p.shape, p.dtype, p.requires_grad, p.stride()) for n, p in model.named_parameters()}
+        for model in models
+    )
+    assert ours == exact
+    storages = [p.untyped_storage().data_ptr() for p in models[1].parameters()]
+    assert len(set(storages)) == len(storages)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_pissa_takes_out_what_the_layer_adds_back(dtype):
+    """Factors are rounded to the weight's dtype, but not twice: the rest knows of it."""
+    with compat.enable("peft"):
+        model = pissa("pissa", dtype)
+    plain = dict(Net(dtype).named_modules())
+    for name, layer in lora_layers(model).items():
+        weight = plain[name.rpartition("model.")[2]].weight.double()
+        B, A = (getattr(layer, f)["default"].weight.double() for f in ("lora_B", "lora_A"))
+        rest = layer.base_layer.weight.double()
+        off = (rest + layer.scaling["default"] * (B @ A) - weight).abs()
+        # One rounding to nearest of the rest, and float32's of the product.
+        half = torch.finfo(dtype).eps / 2
+        assert bool((off <= half * rest.abs() + 1e-6 * weight.abs().max()).all())
+
+
+def test_pissa_of_a_layer_on_its_own_is_float32_as_in_peft():
+    model = peft.get_peft_model(
+        Net(torch.bfloat16), peft.LoraConfig(r=4, target_modules=LINEAR, init_lora_weights=False)
+    )
+    with compat.enable("peft"):
+        layer = next(iter(lora_layers(model).values()))
+        layer.pissa_init("default", "pissa")
+    assert layer.lora_A["default"].weight.dtype == torch.float32
+    assert torch.linalg.norm(layer.lora_B["default"].weight) > 0
 
 
 def test_pissa_of_a_conv1d():
