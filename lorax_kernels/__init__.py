@@ -12,6 +12,7 @@ from .alignment import procrustes as procrustes
 from .anchor import anchor_lora as anchor_lora
 from .drift import drift_product as drift_product
 from .product import svd_product as svd_product
+from .restore import restore_embedding as restore_embedding
 from .restore import restore_lora as restore_lora
 from .similarity import Similarity as Similarity
 from .similarity import subspace_similarity as subspace_similarity

@@ -8,6 +8,7 @@ from typing import overload
 import torch
 
 from ._factors import Layers, recompress
+from .drift import drift_gram, drift_product
 from .svd import ConvergenceWarning
 from .svd_diff import svd_diff
 from .svd_types import SVD
@@ -107,6 +108,47 @@ def restore_lora(
         ranks = [rank] * len(wide)
         return layers.unlisted(recompress(wide, tall, layers.B, layers.A, ranks, backend))
     return layers.unlisted((wide, tall))
+
+
+@torch.no_grad()
+def restore_embedding(
+    source: torch.Tensor, target: torch.Tensor, *, directions: int = 16, strength: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors that take the largest directions of an embedding table's drift back.
+
+    `-w [E_t - E_s]_q`, as `restore_lora` does it for a layer, for a table, which has many rows and
+    no update of its own. The directions are exact: they are the leading eigenvectors of
+    `(E_t - E_s)^T (E_t - E_s)`, which a pass over the rows gives.
+
+    Args:
+        source: the source's table `E_s` `(vocabulary, d)`, any floating dtype.
+        target: the target's `E_t`, of the same shape.
+        directions: `q`, directions to undo; capped at `d`.
+        strength: `w`, the share of them to undo, in [0, 1].
+
+    Returns:
+        `lora_B` `(vocabulary, q)` and `lora_A` `(q, d)`, in float32, or float64 where a table is;
+        their product is added to the target's table.
+
+    Raises:
+        ValueError: tables that do not fit, or an argument out of range.
+
+    Example:
+        >>> E = torch.eye(5, 3)
+        >>> B, A = restore_embedding(E, E + 1, directions=1)
+        >>> torch.allclose(E + 1 + B @ A, E, atol=1e-6)
+        True
+    """
+    if directions < 1:
+        raise ValueError(f"directions must be at least 1, got {directions}")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be in [0, 1], got {strength}")
+    vectors = torch.linalg.eigh(drift_gram(source, target)).eigenvectors
+    V = vectors[:, -min(directions, source.shape[1]) :].flip(1)
+    is_double = torch.float64 in (source.dtype, target.dtype)
+    working = torch.float64 if is_double else torch.float32
+    B = -strength * drift_product(source, target, V)
+    return B.to(working), V.mT.to(working).contiguous()
 
 
 def _drifts(layers: Layers, directions: int, backend: str, workspace: int) -> list[SVD]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two calls of the package: `transfer` and `scan`."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +32,7 @@ def transfer(
     energy: float | None = None,
     strength: float | None = None,
     directions: int = DEFAULT_DIRECTIONS,
+    embeddings: float = 0.0,
     min_similarity: float | None = None,
     include: str | None = None,
     exclude: str | None = None,
@@ -71,7 +72,11 @@ def transfer(
             (0, 1]; with `rank` at most that many.
         strength: share of the drift that "anchor" and "restore" undo, in [0, 1]; None for all of it
             with "anchor", and for a share that falls with a layer's drift with "restore".
-        directions: directions of each layer's drift that "restore" undoes.
+        directions: directions of each layer's drift that "restore" undoes, and of that of the
+            embeddings.
+        embeddings: share of the drift of the embeddings to undo beside the method, in [0, 1]. The
+            adapter then updates them too, and a tied output layer with them; merge it only after
+            untying the two (docs/methods.md).
         min_similarity: leave a layer out, instead of moving it, where the similarity of U or V is
             lower, in [0, 1]; ProLoRA used 0.8. The target then has no adapter there.
         include: regular expression; only modules whose path contains it are moved.
@@ -120,6 +125,7 @@ def transfer(
         form,
         strength,
         directions,
+        embeddings,
     )
     if output is None and not dry_run:
         raise OutputError("no output was given, expected a directory to write; or ask for a plan.")
@@ -157,8 +163,15 @@ def transfer(
                 overwrite=overwrite,
             )
             return run.save(done)
+        placed = _placed(run.adapter, run.target)
+        layers = _cast(moved, run.adapter, settings.dtype)
+        if run.beyond.layers:
+            layers += _like(run.beyond.layers, layers[0])
+            placed = replace(
+                placed, config={**placed.config, "ensure_weight_tying": run.beyond.is_tied}
+            )
         write_adapter(
-            _placed(run.adapter, run.target).with_layers(_cast(moved, run.adapter, settings.dtype)),
+            placed.with_layers(layers),
             Path(output or ""),
             base_model_name_or_path=run.target.location,
             provenance=provenance(done),
@@ -254,6 +267,12 @@ def _placed(adapter: Adapter, target: Checkpoint) -> Adapter:
     if sum(is_target_module(path, patterns) for path in paths) > len(adapter.targets):
         return replace(adapter, targets=(*adapter.targets, ""))
     return adapter
+
+
+def _like(layers: Sequence[LoraLayer], model: LoraLayer) -> list[LoraLayer]:
+    """Layers that the adapter did not have, in the dtype of one that it has."""
+    dtype = model.lora_B.dtype
+    return [x.with_factors(x.lora_B.to(dtype), x.lora_A.to(dtype)) for x in layers]
 
 
 def _cast(layers: dict[str, LoraLayer], adapter: Adapter, dtype: str) -> list[LoraLayer]:

@@ -29,6 +29,7 @@ class Batch:
         targets: bases of the target's weights.
         drifts: `||W_t - W_s|| / ||W_s||`; None where it is not defined.
         aligned: the factors by method "aligned"; empty where the models were not aligned.
+        outside: drift of what lies outside of the adapted layers and stays the target's.
     """
 
     factors: list[Factors]
@@ -39,6 +40,7 @@ class Batch:
     targets: list[lk.SVD]
     drifts: list[float | None]
     aligned: list[Factors]
+    outside: float | None = None
 
     @property
     def is_reshaped(self) -> bool:
@@ -103,7 +105,10 @@ def _undo(
         strength = 1.0 if strength is None else strength
         done = lk.anchor_lora(*some, scale=scales, strength=strength, sides="both", backend=backend)
     else:
-        shares = [restored_share(batch.drifts[i]) if strength is None else strength for i in live]
+        shares = [
+            restored_share(batch.drifts[i], batch.outside) if strength is None else strength
+            for i in live
+        ]
         done = lk.restore_lora(
             *some,
             scale=scales,

@@ -63,6 +63,15 @@ Directions = Annotated[
         rich_help_panel=HOW,
     ),
 ]
+Embeddings = Annotated[
+    float,
+    typer.Option(
+        metavar="F",
+        help="Share of the drift of the embeddings to undo as well, in --directions directions, 0 "
+        "to 1; for a target whose embeddings moved farther than its layers, as scan says.",
+        rich_help_panel=HOW,
+    ),
+]
 Rank = Annotated[
     int | None,
     typer.Option(

@@ -15,6 +15,7 @@ import torch
 import lorax_kernels as lk
 
 from ._alignment import carry, find_alignment
+from ._embeddings import Beyond, look_beyond
 from ._native import contract, expand, outline
 from .adapters import Adapter, lorax_form, read_adapter
 from .adapters.kinds import check_drop
@@ -91,6 +92,7 @@ class Run:
             self.plan = make_plan(
                 self.adapter, self.source, self.target, self.settings, self.alignment
             )
+            self.beyond = Beyond()
             yield
 
     def measure(self) -> dict[str, Result]:
@@ -99,6 +101,11 @@ class Run:
         aligned = {}
         if self.alignment is not None:
             aligned = dict(carry(self.alignment, self.adapter, self.plan, device))
+        elif not any(layer.is_reshaped for layer in self.plan.layers):
+            with _enough_memory(device):
+                self.beyond = look_beyond(
+                    self.plan, self.source, self.target, self.settings, device
+                )
         engine = Engine(
             self.source,
             self.target,
@@ -108,6 +115,7 @@ class Run:
             bases.workspace,
             keeps_bases=self.native is not None,
             aligned=aligned,
+            outside=self.beyond.left(self.settings.embeddings > 0),
         )
         count, done = len(self.plan.layers), 0
 
@@ -153,7 +161,7 @@ class Run:
 
     def contracted(self, results: dict[str, Result]) -> NativeAdapter | None:
         """What is to be written as cores; None where it is to be written as factors."""
-        if self.native is None or self.settings.form == "lora":
+        if self.native is None or self.settings.form == "lora" or self.settings.embeddings:
             return None
         moved = {}
         for module in self.adapter.layers:
@@ -285,7 +293,12 @@ class Run:
             dropped=self.adapter.dropped,
             dropped_kinds=self.adapter.dropped_kinds,
             layers=ordered,
-            totals=total(ordered, TOLERANCE),
+            totals=replace(
+                total(ordered, TOLERANCE),
+                embedding_drift=self.beyond.embedding_drift,
+                untouched_drift=self.beyond.drift,
+            ),
+            embeddings=self.beyond.reports,
             alignment=None if self.alignment is None else self.alignment.facts,
             recommendation=None,
             warnings=(),

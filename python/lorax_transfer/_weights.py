@@ -70,3 +70,29 @@ def transposed_modules(
         seen = by_leaf.get(module.rpartition(".")[2], set())
         known.setdefault(module, seen == {True} if len(seen) == 1 else adapter.fan_in_fan_out)
     return known
+
+
+def relative_drift(source: torch.Tensor, target: torch.Tensor) -> float | None:
+    """How far a matrix moved.
+
+    Args:
+        source: `W_s`.
+        target: `W_t`.
+
+    Returns:
+        `||W_t - W_s|| / ||W_s||`; None where shapes differ or the source is zero.
+    """
+    if source.shape != target.shape:
+        return None
+    if source.dtype == target.dtype and torch.equal(source, target):
+        return 0.0
+    norm = torch.linalg.vector_norm(source, dtype=torch.float64)
+    if norm == 0:
+        return None
+    # Row by row: a whole difference in float32 would be another weight in memory.
+    rows = max(1, (1 << 20) // source.shape[1])
+    squares = [
+        torch.linalg.vector_norm(t.double() - s.double()) ** 2
+        for s, t in zip(source.split(rows), target.split(rows), strict=True)
+    ]
+    return float(torch.stack(squares).sum().sqrt() / norm)

@@ -9,7 +9,7 @@ import torch
 import lorax_kernels as lk
 
 from ._moves import Batch, Factors, move, outcomes
-from ._weights import read_matrix
+from ._weights import read_matrix, relative_drift
 from .adapters import Adapter, LoraLayer
 from .bases import Basis, BasisMaker
 from .checkpoints import Checkpoint
@@ -45,6 +45,7 @@ class Engine:
         bases: what makes the bases.
         batch_bytes: weights to work on at a time.
         aligned: factors of method "aligned" by module, where it was asked for.
+        outside: drift of what lies outside of the adapted layers and stays the target's.
         keeps_bases: whether results carry the target's bases, as large as a LoRA of their rank.
     """
 
@@ -56,6 +57,7 @@ class Engine:
     batch_bytes: int = BATCH_BYTES
     keeps_bases: bool = False
     aligned: Mapping[str, Factors] = field(default_factory=dict)
+    outside: float | None = None
 
     def run(
         self, adapter: Adapter, plan: Plan, step: Callable[[int], None] = lambda count: None
@@ -89,7 +91,7 @@ class Engine:
         targets = [
             read_matrix(self.target, x.target_tensor, x.is_transposed, self.device) for x in plans
         ]
-        drifts = [_drift(s, t) for s, t in zip(sources, targets, strict=True)]
+        drifts = [relative_drift(s, t) for s, t in zip(sources, targets, strict=True)]
         in_source, in_target = self._bases(plans, sources, targets, drifts)
         batch = Batch(
             factors=[(layer.matrix_B, layer.matrix_A) for layer in layers],
@@ -100,6 +102,7 @@ class Engine:
             targets=[basis.svd for basis in in_target],
             drifts=drifts,
             aligned=[self.aligned[x.module] for x in plans] if self.aligned else [],
+            outside=self.outside,
         )
         moved = move(batch, self.settings, self.bases.workspace)
         found = outcomes(batch, moved)
@@ -171,24 +174,6 @@ class Engine:
             reasons.append(f"basis error {error:.1e} is above {self.bases.tol:g}")
         moved = layer.with_factors(*factors, module=planned.target_module)
         return Result(replace(report, reason="; ".join(reasons)), moved)
-
-
-def _drift(source: torch.Tensor, target: torch.Tensor) -> float | None:
-    """`||W_t - W_s|| / ||W_s||`; None where shapes differ or the source is zero."""
-    if source.shape != target.shape:
-        return None
-    if source.dtype == target.dtype and torch.equal(source, target):
-        return 0.0
-    norm = torch.linalg.vector_norm(source, dtype=torch.float64)
-    if norm == 0:
-        return None
-    # Row by row: a whole difference in float32 would be another weight in memory.
-    rows = max(1, (1 << 20) // source.shape[1])
-    squares = [
-        torch.linalg.vector_norm(t.double() - s.double()) ** 2
-        for s, t in zip(source.split(rows), target.split(rows), strict=True)
-    ]
-    return float(torch.stack(squares).sum().sqrt() / norm)
 
 
 def _facts(basis: Basis) -> BasisFacts:

@@ -112,7 +112,7 @@ def match(modules: Sequence[str], checkpoint: Checkpoint, role: str) -> Match:
         >>> match(["encoder.layer.0.dense"], checkpoint, "source").rule  # doctest: +SKIP
         "prefix 'bert.' added"
     """
-    tied = _tied_tensor(checkpoint)
+    tied = tied_tensor(checkpoint)
     names = set(checkpoint.names())
     best: tuple[Rule, dict[str, str]] = (Rule(), {})
     for rules in _kinds_of_rules():
@@ -153,8 +153,15 @@ def _find(rule: Rule, modules: Sequence[str], names: set[str], tied: str | None)
     return found if len(set(found.values())) == len(found) else {}
 
 
-def _tied_tensor(checkpoint: Checkpoint) -> str | None:
-    """The embedding that is the output layer too, if the model's configuration says so."""
+def tied_tensor(checkpoint: Checkpoint) -> str | None:
+    """The embedding that is the output layer too, if the model's configuration says so.
+
+    Args:
+        checkpoint: the model.
+
+    Returns:
+        The tensor's name, or None.
+    """
     config = checkpoint.config()
     text = config.get("text_config")
     settings = [config, text] if isinstance(text, dict) else [config]

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 # a model of 1.1 B parameters peaks some 300 MB higher (benchmarks/transfer/memory.py).
 BATCH_BYTES = 128 << 20
 
-_WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What a weight may be stored in.
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,10 @@ def make_plan(
         layers.append(replace(planned, target_module=targets[module]))
     plan = Plan(tuple(layers), excluded, *rules, 0)
     _check_method(plan, settings)
-    return replace(plan, memory_bytes=_memory(plan, adapter, alignment))
+    beyond = 0
+    if alignment is None and not any(layer.is_reshaped for layer in layers):
+        beyond = _beyond(source, target, settings)
+    return replace(plan, memory_bytes=_memory(plan, adapter, alignment, beyond))
 
 
 def _plan_layer(
@@ -174,7 +178,7 @@ def _plan_layer(
     default_rank: int,
 ) -> LayerPlan:
     for checkpoint, name in zip((source, target), names, strict=True):
-        if checkpoint.dtype(name) not in _WEIGHT_DTYPES:
+        if checkpoint.dtype(name) not in WEIGHT_DTYPES:
             raise CheckpointError(
                 f"{name} in {checkpoint.location} is stored as {checkpoint.dtype(name)}, expected "
                 "float16, bfloat16, float32 or float64; use the model's unquantised weights."
@@ -235,14 +239,27 @@ def _check_method(plan: Plan, settings: Settings) -> None:
         )
 
 
-def _memory(plan: Plan, adapter: Adapter, alignment: "Alignment | None") -> int:
+def _beyond(source: Checkpoint, target: Checkpoint, settings: Settings) -> int:
+    """The largest tensor of both models: embeddings are compared too, whole, and may be updated."""
+    largest = 0
+    for checkpoint in (source, target):
+        sizes = [(x, math.prod(checkpoint.shape(x))) for x in checkpoint.names()]
+        name, size = max(sizes, key=lambda pair: pair[1])
+        # A byte a number tells which are finite.
+        largest += size * (checkpoint.dtype(name).itemsize + 1)
+        if settings.embeddings:
+            largest += 8 * settings.directions * sum(checkpoint.shape(name))
+    return largest
+
+
+def _memory(plan: Plan, adapter: Adapter, alignment: "Alignment | None", beyond: int) -> int:
     """Adapter, its result as computed and as written, and the largest batch with its SVDs.
 
     A fifth is added for what an allocator keeps: 531 MB were measured where the sum is 457 MB.
     """
     factors = sum(x.lora_A.nbytes + x.lora_B.nbytes for x in adapter.layers.values())
     results = 4 * sum(x.lora_A.numel() + x.lora_B.numel() for x in adapter.layers.values())
-    largest = 0
+    largest = beyond
     for batch in plan.batches():
         size, temporaries = 0, 3 * BATCH_BYTES // 2
         for layer in batch:

@@ -2,7 +2,7 @@
 """Where a transferred adapter comes from: facts for its tensor file, and its README.md."""
 
 from .adapters.model_card import model_card
-from .report import Report, Totals
+from .report import Report
 
 
 def provenance(report: Report) -> dict[str, str]:
@@ -51,7 +51,7 @@ def card(report: Report, cut: str, is_lorax: bool = False) -> str:
         rank=None if report.settings["method"] == "copy" else cut.removeprefix("rank "),
         version=report.version,
         command=report.command,
-        totals=_rows(report.totals, report.settings["method"]),
+        totals=_rows(report),
         dropped=report.dropped,
         dropped_kinds=report.dropped_kinds,
         tags=["lorax-transfer"],
@@ -59,7 +59,8 @@ def card(report: Report, cut: str, is_lorax: bool = False) -> str:
     )
 
 
-def _rows(totals: Totals, method: str) -> dict[str, object]:
+def _rows(report: Report) -> dict[str, object]:
+    totals, method = report.totals, report.settings["method"]
     rows: dict[str, object] = {"Layers moved": f"{totals.transferred} of {totals.layers}"}
     if totals.energy_written is not None:
         rows["Energy of the update kept"] = f"{totals.energy_written:.1%}"
@@ -68,10 +69,15 @@ def _rows(totals: Totals, method: str) -> dict[str, object]:
         rows[f"Energy kept by {name}{mark}"] = f"{outcome.energy_kept:.1%}"
     if totals.drift is not None:
         rows["Relative drift of the base weights, mean"] = f"{totals.drift:.2%}"
+    if totals.embedding_drift is not None:
+        rows["Relative drift of the embeddings"] = f"{totals.embedding_drift:.2%}"
     if totals.similarity is not None:
         rows["Similarity of the leading subspaces (chance)"] = (
             f"{totals.similarity:.3f} ({totals.chance:.3f})"
         )
+    for each in report.embeddings:
+        if each.drift_undone is not None:
+            rows[f"Drift undone of {each.module}"] = f"{each.drift_undone:.1%}"
     if totals.unvalidated:
         rows["Layers that change shape, which no one has validated"] = totals.unvalidated
     return rows

@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which method, or none: a recommendation from what was measured of weights and update.
 
-The thresholds up to `MAX_DRIFT` were set by the language models of docs/quality.md, which also says
-how often they name the best method there and on models that they were not set by.
+docs/quality.md says what the thresholds were set by, and how often they name the best method there
+and on models that they were not set by.
 """
 
 from .report import AlignmentFacts, Recommendation, Totals
+from .settings import is_farther
 
 # Relative drift below which two checkpoints count as one: what rounding to bfloat16 does.
 MIN_DRIFT = 0.002
 
-# Up to here taking drift back won in every language case (0.27 % and 0.80 %); at 1.68 % it lost in
-# two of three, while anchoring beat copying in all.
-RESTORE_DRIFT = 0.01
-
-# Up to here an update still meets the weights it was made for. Measured to 1.68 %; the rest of the
-# way is a guess.
-MAX_DRIFT = 0.05
+# Up to here taking drift back was measured to win, where what stays outside of the adapted layers
+# moved less than they did: on pictures.
+MAX_DRIFT = 0.2
 
 # Similarity that ProLoRA asks of a layer before it transfers it.
 MIN_SIMILARITY = 0.8
@@ -76,7 +73,7 @@ def recommend(totals: Totals, alignment: AlignmentFacts | None = None) -> Recomm
     if kept is not None and chance is not None and chance < 1:
         is_inside = kept >= MIN_KEPT and (kept - chance) / (1 - chance) >= MIN_KEPT_EXCESS
     if drift is not None and drift <= MAX_DRIFT:
-        return _related(drift, kept, is_inside)
+        return _related(drift, totals, kept, is_inside)
     if is_inside and (totals.similarity or 0) >= MIN_SIMILARITY:
         return Recommendation(
             "project",
@@ -93,27 +90,36 @@ def recommend(totals: Totals, alignment: AlignmentFacts | None = None) -> Recomm
     )
 
 
-def _related(drift: float, kept: float | None, is_inside: bool) -> Recommendation:
-    """Between close relatives of one shape: the smaller the drift, the more of it to take back."""
+def _related(drift: float, totals: Totals, kept: float | None, is_inside: bool) -> Recommendation:
+    """Between relatives of one shape: take back what the adapter reaches, and embeddings with it.
+
+    A layer that is the source's again fits to the rest of the model as far as the rest moved less.
+    """
+    embeddings, rest = totals.embedding_drift, totals.untouched_drift
     amount = f"the base weights differ by {drift:.2%} on average"
     if is_inside:
         aside = "; lorax would keep the adapter in cores and score as copying does"
     else:
         aside = "" if kept is None else f"; projecting would keep {kept:.0%} of the update"
-    if drift < MIN_DRIFT:
+    if max(drift, embeddings or 0.0) < MIN_DRIFT:
         return Recommendation(
             "copy", f"{amount}, no more than rounding makes: use --method copy{aside}"
         )
-    if drift <= RESTORE_DRIFT:
+    if is_farther(rest, drift):
+        return Recommendation(
+            "anchor",
+            f"{amount}, and those that the adapter is not on by {rest:.2%}, too much for layers "
+            "that are the source's again: use --method anchor, which undoes drift only where the "
+            f"adapter reads and writes{aside}",
+        )
+    price = (
+        "score the target's own skill beside the adapter's task, because the target's training is "
+        f"what is taken back; where that costs too much, use anchor{aside}"
+    )
+    if is_farther(embeddings, drift):
         return Recommendation(
             "restore",
-            f"{amount}, little enough to take the largest part back where the adapter works: use "
-            "--method restore, and score the target's own skill beside the adapter's task, because "
-            "the target's training is what is taken back; where that costs too much, use anchor"
-            f"{aside}",
+            f"{amount}, the embeddings, which the adapter is not on, by {embeddings:.2%}: use "
+            f"--method restore with --embeddings 1, and {price}",
         )
-    return Recommendation(
-        "anchor",
-        f"{amount}, too much to take back: use --method anchor, which undoes drift only where the "
-        f"adapter reads and writes{aside}",
-    )
+    return Recommendation("restore", f"{amount}: use --method restore, and {price}")

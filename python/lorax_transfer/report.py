@@ -146,6 +146,33 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class EmbeddingReport:
+    """An embedding table or output layer that the adapter is not on.
+
+    Attributes:
+        module: its path, as the adapter names modules.
+        source_tensor: weight in the source.
+        target_tensor: weight in the target; that of the embeddings for a tied output layer.
+        source_shape: the source's weight.
+        target_shape: the target's.
+        is_output: whether it is an output layer.
+        drift: `||W_t - W_s|| / ||W_s||`; None where it is not defined.
+        rank: rank of the update that gives a part of it back; None where there is none.
+        drift_undone: share of the target's own training of it that this update takes back.
+    """
+
+    module: str
+    source_tensor: str
+    target_tensor: str
+    source_shape: tuple[int, ...]
+    target_shape: tuple[int, ...]
+    is_output: bool = False
+    drift: float | None = None
+    rank: int | None = None
+    drift_undone: float | None = None
+
+
+@dataclass(frozen=True)
 class Model:
     """Where something was read from.
 
@@ -179,6 +206,9 @@ class Totals:
         energy_written: energy of the written update, over that of the whole adapter.
         drift: mean drift.
         drift_max: largest drift.
+        embedding_drift: largest drift of an embedding table or output layer that the adapter is not
+            on.
+        untouched_drift: drift of all other weights that the adapter is not on, taken together.
         similarity: mean of the smaller one of U and V.
         chance: mean of its chance level.
         similarity_excess: mean excess over chance, 1 for equal subspaces.
@@ -202,6 +232,8 @@ class Totals:
     in_subspace: float | None
     in_subspace_chance: float | None
     methods: dict[str, Outcome]
+    embedding_drift: float | None = None
+    untouched_drift: float | None = None
 
 
 @dataclass(frozen=True)
@@ -254,6 +286,8 @@ class Report:
         dropped_kinds: their kinds.
         layers: a report for each module of the adapter, in its order.
         totals: the layers together.
+        embeddings: what the models have of embeddings and output layers that the adapter is not on;
+            empty where the models differ in shape, and for a plan.
         alignment: how the models were brought together; None but for method "aligned".
         recommendation: what to do; None for a plan, which measured nothing.
         warnings: sentences that the user should not miss.
@@ -273,6 +307,7 @@ class Report:
     dropped_kinds: tuple[str, ...]
     layers: tuple[LayerReport, ...]
     totals: Totals
+    embeddings: tuple[EmbeddingReport, ...]
     alignment: AlignmentFacts | None
     recommendation: Recommendation | None
     warnings: tuple[str, ...]

@@ -167,6 +167,10 @@ def _conclusion(report: Report) -> list[Text]:
     facts = []
     if totals.drift is not None:
         facts.append(f"drift of the weights {totals.drift:.2%} (at most {totals.drift_max:.2%})")
+    if totals.embedding_drift is not None:
+        facts.append(f"of the embeddings {totals.embedding_drift:.2%}")
+    if totals.untouched_drift is not None:
+        facts.append(f"of all other weights {totals.untouched_drift:.2%}")
     if totals.similarity is not None:
         facts.append(f"similarity {totals.similarity:.3f} (chance {totals.chance:.3f})")
     if totals.in_subspace is not None and totals.in_subspace_chance is not None:
@@ -182,6 +186,13 @@ def _conclusion(report: Report) -> list[Text]:
         )
     if facts:
         lines.append(Text("\n" + ", ".join(facts)))
+    lines += [
+        Text(
+            f"{each.module}: {each.drift_undone:.1%} of the drift undone as well, rank {each.rank}"
+        )
+        for each in report.embeddings
+        if each.drift_undone is not None
+    ]
     if report.recommendation is not None:
         verdict, reason = report.recommendation.verdict, report.recommendation.reason
         text = Text("\nRecommendation: ").append(verdict, style=_STYLES[verdict])

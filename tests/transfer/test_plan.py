@@ -183,9 +183,19 @@ def test_names_agree_with_the_kernels():
 
 
 @pytest.mark.parametrize(
-    ("drift", "share"),
-    [(None, 1.0), (0.0, 1.0), (0.004, 1.0), (0.008, 0.5), (0.16, 0.025)],
+    ("drift", "outside", "share"),
+    [
+        (None, None, 1.0),
+        (0.0, 0.1, 1.0),
+        (0.004, None, 1.0),
+        (0.005, None, 0.8),
+        (0.16, None, 0.5),
+        (0.016, 0.032, 0.5),
+        # What stays outside moved more than twice as far.
+        (0.016, 0.033, 0.25),
+        (0.004, 0.033, 1.0),
+    ],
     ids=str,
 )
-def test_restored_share_falls_with_the_drift(drift, share):
-    assert restored_share(drift) == pytest.approx(share)
+def test_restored_share_falls_with_the_drift(drift, outside, share):
+    assert restored_share(drift, outside) == pytest.approx(share)

@@ -165,9 +165,11 @@ class TestRecommendation:
             ({"drift": 0.0}, "copy"),
             ({"drift": 0.0019}, "copy"),
             ({"drift": 0.002}, "restore"),
-            ({"drift": 0.011}, "anchor"),
-            ({"drift": 0.05}, "anchor"),
-            ({"drift": 0.051}, "do not"),
+            ({"drift": 0.2}, "restore"),
+            ({"drift": 0.201}, "do not"),
+            ({"untouched_drift": 0.02}, "restore"),
+            ({"untouched_drift": 0.021}, "anchor"),
+            ({"drift": 0.0019, "embedding_drift": 0.01}, "restore"),
             ({"drift": None}, "do not"),
             # Inside the subspaces an update is projected without loss, but that wins nothing.
             ({"kept": 0.95}, "restore"),
@@ -219,11 +221,22 @@ class TestRecommendation:
         assert found.verdict == verdict
         assert f"**{verdict}**" in DOCS.read_text()
 
+    @pytest.mark.parametrize(
+        ("embeddings", "are_given_back"), [(None, False), (0.02, False), (0.021, True)], ids=str
+    )
+    def test_embeddings_go_with_the_layers_where_they_moved_farther(
+        self, embeddings, are_given_back
+    ):
+        found = recommend(self.totals(embedding_drift=embeddings))
+        assert found.verdict == "restore"
+        assert ("--embeddings 1" in found.reason) == are_given_back
+
     def test_restore_asks_for_the_target_s_own_skill(self):
         assert "score the target's own skill" in recommend(self.totals()).reason
 
     def test_thresholds_are_those_of_the_docs(self):
         from lorax_transfer import recommend as rules
+        from lorax_transfer import settings
 
         text = DOCS.read_text().split("### `recommendation`")[1]
         for value in (
@@ -231,8 +244,8 @@ class TestRecommendation:
             rules.MIN_KEPT,
             rules.MIN_SIMILARITY,
             rules.MIN_DRIFT,
-            rules.RESTORE_DRIFT,
             rules.MAX_DRIFT,
+            settings.FARTHER,
             rules.MIN_LIKENESS,
         ):
             assert f"{value:g}" in text

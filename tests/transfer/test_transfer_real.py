@@ -40,7 +40,11 @@ def test_real_pair(tmp_path: Path, method: str) -> None:
     # A fine-tune of the base: weights within a few per cent, leading subspaces nearly the same.
     assert 0.005 < totals["drift"] < 0.03
     assert totals["similarity"] > 0.99
-    assert report["recommendation"]["verdict"] == "anchor"
+    # Its embeddings hardly moved.
+    assert totals["embedding_drift"] < 0.5 * totals["drift"]
+    assert totals["untouched_drift"] < 0.5 * totals["drift"]
+    assert report["recommendation"]["verdict"] == "restore"
+    assert "--embeddings" not in report["recommendation"]["reason"]
     with open_checkpoint(model_directory(SOURCE)) as source:
         assert report["source"]["content_hash"] == source.content_hash()
     for layer in report["layers"]:

@@ -28,6 +28,8 @@ class LoraLayer:
             float32 or float64.
         lora_B: shape ``(out, r)``, or ``(out, r, 1, ...)`` for a convolution.
         scale: what multiplies ``B @ A``: ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
+        is_embedding: whether the module is an embedding table ``(vocabulary, d)``; its factors are
+            ``lora_B`` ``(vocabulary, r)`` and ``lora_A`` ``(r, d)``. Such layers are written only.
 
     Raises:
         AdapterError: if the shapes do not chain, a dtype is not a float, or scale is not finite.
@@ -42,6 +44,7 @@ class LoraLayer:
     lora_A: torch.Tensor
     lora_B: torch.Tensor
     scale: float
+    is_embedding: bool = False
 
     def __post_init__(self) -> None:
         """Check dtypes, shapes and scale."""
@@ -147,6 +150,7 @@ class LoraLayer:
             lora_A,
             lora_B,
             self.scale if scale is None else float(scale),
+            self.is_embedding,
         )
 
 

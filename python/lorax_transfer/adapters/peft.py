@@ -287,11 +287,12 @@ def _output_tensors(
     tensors: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
     for layer in layers:
-        for role, tensor in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+        for role, tensor in _named_factors(layer):
             out = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
             if not torch.isfinite(out).all():
+                name = role.removesuffix(".weight")
                 raise OutputError(
-                    f"{role} of {layer.module} is not finite as {out.dtype}, expected values that "
+                    f"{name} of {layer.module} is not finite as {out.dtype}, expected values that "
                     "fit; write it as bf16 or fp32 (--dtype)."
                 )
             storage = out.untyped_storage()
@@ -299,8 +300,15 @@ def _output_tensors(
             if storage.data_ptr() in storages or storage.nbytes() != out.nbytes:
                 out = out.clone()
             storages.add(out.untyped_storage().data_ptr())
-            tensors[f"{PREFIX}{layer.module}.{role}.weight"] = out
+            tensors[f"{PREFIX}{layer.module}.{role}"] = out
     return tensors
+
+
+def _named_factors(layer: LoraLayer) -> list[tuple[str, torch.Tensor]]:
+    """What PEFT calls the factors; those of an embedding are of the transposed table."""
+    if layer.is_embedding:
+        return [("lora_embedding_A", layer.lora_B.T), ("lora_embedding_B", layer.lora_A.T)]
+    return [("lora_A.weight", layer.lora_A), ("lora_B.weight", layer.lora_B)]
 
 
 def _read_header(file: Path) -> dict[str, Any]:

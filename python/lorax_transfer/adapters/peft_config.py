@@ -183,8 +183,9 @@ def output_config(adapter: Adapter, base_model_name_or_path: str) -> dict[str, A
         "lora_bias": False,
         "target_parameters": None,
         "trainable_token_indices": None,
-        "ensure_weight_tying": False,
     }
+    if not any(layer.is_embedding for layer in layers):
+        left_out["ensure_weight_tying"] = False
     config.update({key: off for key, off in left_out.items() if config.get(key)})
     if str(config.get("init_lora_weights", True)).lower() not in _HARMLESS_INITS:
         config["init_lora_weights"] = True
