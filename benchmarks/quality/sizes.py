@@ -86,12 +86,14 @@ class Sizes:
                 self.score(label, adapter.factors, kind="lora", method="trained", seed=seed)
             lab.tidy()
         maps = self.weight_maps()
-        for source, target in (LABELS, LABELS[::-1]):
-            pair = Pair(lab.models[source], lab.models[target])
-            texts = self.texts(source, self.adapters[source][0])
-            for seed, adapter in zip(lab.scale.seeds, self.adapters[source], strict=True):
-                self.move(pair, adapter, seed, texts, maps[source])
-            lab.flush()
+        moves = {
+            source: self.prepared(source, target, maps[source])
+            for source, target in (LABELS, LABELS[::-1])
+        }
+        for i, seed in enumerate(lab.scale.seeds):
+            for source, target in (LABELS, LABELS[::-1]):
+                self.move(source, target, i, seed, *moves[source])
+                lab.flush()
         lab.close()
         return lab.rows
 
@@ -158,51 +160,65 @@ class Sizes:
         lab.log(f"texts of {label}: {len(own.places)} and {len(asked.places)} places, {samples}")
         return {"own text": own, "prompts": asked}
 
-    def move(self, pair, adapter, seed, texts, maps):
-        """Move one adapter by every method and score it."""
-        methods = {"padded": sizes_maps.padded}
+    def prepared(self, source, target, maps):
+        """Methods by name, each called with the number of a seed, and what the models read.
+
+        Maps do not depend on the adapter, so all seeds' adapters are moved through them at once.
+        """
+        lab, adapters = self.lab, self.adapters[source]
+        pair = Pair(lab.models[source], lab.models[target])
         rank = min(320, pair.source.shape.hidden // 2)
-        methods[f"lorax k={rank}"] = partial(sizes_maps.projected, rank=rank)
+        methods = {
+            "padded (control)": lambda i: sizes_maps.padded(pair, adapters[i]),
+            f"lorax k={rank}": lambda i: sizes_maps.projected(pair, adapters[i], rank=rank),
+        }
         for name, found in maps.items():
-            for scale in (1.0, 0.5):
-                label = name if scale == 1.0 else f"{name} x{scale}"
-                methods[label] = partial(_scaled, partial(lm_shapes.aligned, maps=found), scale)
-        reads = {name: sizes_maps.reading(pair, text, self.dtype) for name, text in texts.items()}
+            methods[name] = lambda i, m=found: lm_shapes.aligned(pair, adapters[i], maps=m)
+            methods[f"{name} x0.5"] = lambda i, name=name: _scaled(0.5, methods[name](i))
+        reads = {
+            name: sizes_maps.reading(pair, text, self.dtype)
+            for name, text in self.texts(source, adapters[0]).items()
+        }
         for name, both in reads.items():
-            methods[f"fitted, {name}"] = _on(both, sizes_maps.fitted)
-            methods[f"fitted, {name} x2"] = partial(_scaled, methods[f"fitted, {name}"], 2.0)
-            methods[f"followed, {name}"] = _on(both, sizes_maps.followed, rank=16)
-        made = {"source": pair.source.label, "kind": "lora", "seed": seed}
-        kept = {}
-        for name, move in methods.items():
-            if self.lab.late():
+            started = clock()
+            moved, strengths = sizes_maps.fitted(both, adapters)
+            own, fact = f"fitted, {name}", {"seconds": clock() - started, "strengths": {}}
+            for across, back in strengths.values():
+                for side, strength in (("out", across), ("in", back)):
+                    key = f"{side} {strength}"
+                    fact["strengths"][key] = fact["strengths"].get(key, 0) + 1
+            lab.facts[f"{source} to {target}, {own}"] = fact
+            lab.log(f"{source} to {target}, {own}: {fact}")
+            methods[own] = lambda i, moved=moved: moved[i]
+            methods[f"{own} x2"] = lambda i, moved=moved: _scaled(2.0, moved[i])
+            methods[f"{own}, writers"] = lambda i, moved=moved: {
+                n: f for n, f in moved[i].items() if n.endswith(("o_proj", "down_proj"))
+            }
+            methods[f"followed, {name}"] = lambda i, both=both: sizes_maps.followed(
+                both, adapters[i], rank=16
+            )
+        return methods, reads["own text"]
+
+    def move(self, source, target, i, seed, methods, both):
+        """Move one seed's adapter by every method and score it."""
+        lab = self.lab
+        made = {"source": source, "kind": "lora", "seed": seed}
+        for name, method in methods.items():
+            if lab.late():
                 return
             started = clock()
-            if name.endswith(" x2"):  # the same factors, already found
-                factors = {n: (2 * B, A) for n, (B, A) in kept[name[:-3]].items()}
-            else:
-                factors = move(pair, adapter)
-            kept = {name: factors}
+            factors = method(i)
             taken = round(1e3 * (clock() - started), 1)
-            self.score(pair.target.label, factors, method=name, transfer_ms=taken, **made)
-        nll = sizes_maps.proxy_loss(
-            reads["own text"], adapter, self.lab.examples(TASK, "test"), LENGTH[TASK]
-        )
-        row = {"target": pair.target.label, "task": TASK, "split": "test", "nll": nll}
-        self.lab.rows.append(row | made | {"method": "logits added (control)"})
-        self.lab.log(f"{pair.target.label} logits added: {nll:.4f}")
+            self.score(target, factors, method=name, transfer_ms=taken, **made)
+        examples = lab.examples(TASK, "test")
+        nll = sizes_maps.proxy_loss(both, self.adapters[source][i], examples, LENGTH[TASK])
+        row = {"target": target, "task": TASK, "split": "test", "nll": nll}
+        lab.rows.append(row | made | {"method": "logits added (control)"})
+        lab.log(f"{target} logits added: {nll:.4f}")
 
 
-def _scaled(move, scale, pair, adapter):
-    return {name: (scale * B, A) for name, (B, A) in move(pair, adapter).items()}
-
-
-def _on(both, method, **options):
-    def move(pair, adapter):
-        del pair
-        return method(both, adapter, **options)
-
-    return move
+def _scaled(scale, factors):
+    return {name: (scale * B, A) for name, (B, A) in factors.items()}
 
 
 def measure(options):

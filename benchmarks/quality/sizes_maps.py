@@ -22,7 +22,7 @@ from .lm_model import ATTENTION, EMBEDDING, FINAL_NORM, MLP, Rotary, Shape, caus
 from .lm_model import hidden_states as run
 from .lm_train import answer_batches
 
-RIDGE = 1e-2  # of the mean square of an input
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the ridge
 
 
 def depth(j, count, other):
@@ -49,12 +49,14 @@ class Text:
 
     Args:
         ids: `(rows, length)`.
-        keep: `(rows, length)` of bool, the positions that count.
+        keep: `(rows, length)` of bool, the positions that count. The first of a row never does:
+            large models keep nothing there but a few huge numbers.
     """
 
     def __init__(self, ids, keep=None):
         self.ids = ids
-        keep = torch.ones_like(ids, dtype=torch.bool) if keep is None else keep
+        keep = torch.ones_like(ids, dtype=torch.bool) if keep is None else keep.clone()
+        keep[:, 0] = False
         self.places = keep.reshape(-1).nonzero().squeeze(1)
 
     def _attend(self, shape, weights):
@@ -101,35 +103,72 @@ def write_text(shape, weights, starts, length, *, factors=None, seed=0):
     return ids
 
 
-def ridge(X, Y, strength=RIDGE):
-    """`W` `(n, m)` that minimises `||X W - Y||^2 + c ||W||^2`, by whichever Gram is smaller."""
-    rows, n = X.shape
-    small = strength * X.square().mean() * rows
-    if rows < n:
-        gram = X @ X.mT
-        gram.diagonal().add_(small)
-        return X.mT @ torch.cholesky_solve(Y, torch.linalg.cholesky(gram))
-    gram = X.mT @ X
-    gram.diagonal().add_(small)
-    return torch.cholesky_solve(X.mT @ Y, torch.linalg.cholesky(gram))
+class Ridge:
+    """`W` `(n, m)` that minimises `||X W - Y||^2 + c ||W||^2`, by whichever Gram matrix is smaller.
 
+    `c` is a share of the mean square of X: the one of `STRENGTHS` that predicts the last fifth of
+    the positions best from the others. In float64, where GPUs of data centres lose nothing by it.
 
-def low_rank(X, Y, rank, strength=RIDGE):
-    """The `B` `(m, r)`, `A` `(r, n)` for which `X A^T B^T` is closest to `Y`, with the same ridge.
-
-    Reduced-rank regression (Izenman, J. Multivariate Anal. 5, 1975).
+    Args:
+        X: `(positions, n)`.
+        Y: `(positions, m)`.
+        strengths: the shares to choose from.
     """
-    W = ridge(X, Y, strength)
-    seen = (Y.mT @ X @ W).double()
-    values, vectors = torch.linalg.eigh((seen + seen.mT) / 2)
-    del values
-    V = vectors[:, -rank:].float()
-    return V, (W @ V).mT.contiguous()
 
+    def __init__(self, X, Y, strengths=STRENGTHS):
+        self._X, self._Y = X.double(), Y.double()
+        self.strength = strengths[0]
+        if len(strengths) > 1:
+            known = len(X) - max(1, len(X) // 5)
+            # Some columns tell as much as all.
+            probe = self._Y[:, :: -(-Y.shape[1] // 64)]
+            gram = self._gram(self._X[:known])
+            errors = []
+            for strength in strengths:
+                factor = self._factor(gram, self._X[:known], strength)
+                W = self._weights(factor, self._X[:known], probe[:known])
+                errors.append(float((self._X[known:] @ W - probe[known:]).square().sum()))
+            self.strength = strengths[errors.index(min(errors))]
+        self._chosen = self._factor(self._gram(self._X), self._X, self.strength)
 
-def explained(X, Y, W):
-    """Share of the energy of Y that `X W` has."""
-    return float(1 - (Y - X @ W).square().sum() / Y.square().sum())
+    @staticmethod
+    def _gram(X):
+        return X @ X.mT if len(X) < X.shape[1] else X.mT @ X
+
+    @staticmethod
+    def _factor(gram, X, strength):
+        gram = gram.clone()
+        gram.diagonal().add_(strength * X.square().mean() * len(X))
+        return torch.linalg.cholesky(gram)
+
+    @staticmethod
+    def _weights(factor, X, Y):
+        if len(X) < X.shape[1]:
+            return X.mT @ torch.cholesky_solve(Y, factor)
+        return torch.cholesky_solve(X.mT @ Y, factor)
+
+    def weights(self):
+        """`W` itself, float64."""
+        return self._weights(self._chosen, self._X, self._Y)
+
+    def carry(self, B):
+        """`W^T B` for `B` `(n, r)`, without forming W; float32."""
+        B, X = B.double(), self._X
+        if len(X) < X.shape[1]:
+            moved = self._Y.mT @ torch.cholesky_solve(X @ B, self._chosen)
+        else:
+            moved = self._Y.mT @ (X @ torch.cholesky_solve(B, self._chosen))
+        return moved.float()
+
+    def low_rank(self, rank):
+        """`B` `(m, r)`, `A` `(r, n)` with `A^T B^T` the best W of this rank, float32.
+
+        Reduced-rank regression (Izenman, J. Multivariate Anal. 5, 1975).
+        """
+        W = self.weights()
+        seen = self._Y.mT @ (self._X @ W)
+        V = torch.linalg.eigh((seen + seen.mT) / 2).eigenvectors[:, -rank:]
+        return V.float(), (W @ V).mT.float().contiguous()
 
 
 @dataclass(frozen=True)
@@ -162,8 +201,8 @@ def reading(pair, text, dtype):
 
 
 def _stream_maps(both, streams_old, streams_new):
-    """For every layer of the target the map `(d_s, d_t)` of the stream behind it."""
-    return [ridge(streams_old[both.opposite(j)], new) for j, new in enumerate(streams_new)]
+    """For every layer of the target the ridge of its stream on the source's behind it."""
+    return [Ridge(streams_old[both.opposite(j)], new) for j, new in enumerate(streams_new)]
 
 
 def _is_writer(module):
@@ -171,37 +210,45 @@ def _is_writer(module):
 
 
 @torch.no_grad()
-def fitted(both, adapter, *, parts=(*ATTENTION, *MLP)):
+def fitted(both, adapters, *, parts=(*ATTENTION, *MLP)):
     """Every update through maps of its layer's outputs there and of its inputs back.
 
     `dW_t = R dW_s Q`: Q tells the source's input from the target's, R the target's output from the
-    source's. For a writer R is the map of the stream behind the layer.
+    source's. For a writer R is the map of the stream behind the layer. Of several adapters at once,
+    which share the maps; a list of factors comes back, and the strengths that were chosen.
     """
-    text, read, out = both.text, {}, {}
+    text, read, chosen = both.text, {}, {}
+    out = [{} for _ in adapters]
     streams = text.streams(both.source, both.old), text.streams(both.target, both.new)
     maps = _stream_maps(both, *streams)
 
     def see_old(name, x, y):
         if name.endswith(parts):
-            A = adapter.factors[name][1]
+            A = torch.cat([adapter.factors[name][1] for adapter in adapters])
             read[name] = text.pick(x) @ A.mT, None if _is_writer(name) else text.pick(y)
 
     def see_new(name, x, y):
         if not name.endswith(parts):
             return
-        old = both.name(name)
-        thin, y_old = read[old]
-        B = adapter.factors[old][0]
-        across = maps[lm_shapes._split(name)[0]] if y_old is None else ridge(y_old, text.pick(y))
-        out[name] = across.mT @ B, ridge(text.pick(x), thin).mT.contiguous()
+        thin, y_old = read[both.name(name)]
+        across = Ridge(y_old, text.pick(y)) if y_old is not None else None
+        across = across or maps[lm_shapes._split(name)[0]]
+        back = Ridge(text.pick(x), thin)
+        chosen[name] = across.strength, back.strength
+        B = [adapter.factors[both.name(name)][0] for adapter in adapters]
+        ranks = [b.shape[1] for b in B]
+        B = across.carry(torch.cat(B, 1)).split(ranks, 1)
+        A = back.weights().mT.float().split(ranks)
+        for factors, b, a in zip(out, B, A, strict=True):
+            factors[name] = b.contiguous(), a.contiguous()
 
     text.each(both.source, both.old, see_old)
     text.each(both.target, both.new, see_new)
-    return out
+    return out, chosen
 
 
 @torch.no_grad()
-def followed(both, adapter, *, rank, strength=1.0):
+def followed(both, adapter, *, rank):
     """What the adapter does to the source's stream, made by the target's own MLPs.
 
     Behind each layer the change of the source's stream is carried over by a map of the streams; the
@@ -212,12 +259,11 @@ def followed(both, adapter, *, rank, strength=1.0):
     before = text.streams(both.source, both.old)
     after = text.streams(both.source, both.old, adapter.factors)
     base = text.streams(both.target, both.new)
-    maps = _stream_maps(both, before, base)
     goals = []
-    for j, (stream, across) in enumerate(zip(base, maps, strict=True)):
+    for j, (stream, across) in enumerate(zip(base, _stream_maps(both, before, base), strict=True)):
         i = both.opposite(j)
-        goals.append(stream + strength * (after[i] - before[i]) @ across)
-    del before, after, base, maps
+        goals.append(stream + across.carry((after[i] - before[i]).mT).mT)
+    del before, after, base
     plain = linear_of(both.new)
 
     def linear(name, x):
@@ -226,7 +272,7 @@ def followed(both, adapter, *, rank, strength=1.0):
             state["middle"] = state["stream"] + y
         if name.endswith("down_proj"):
             missing = goals[lm_shapes._split(name)[0]] - text.pick(state["middle"] + y)
-            B, A = out[name] = low_rank(text.pick(x), missing, rank)
+            B, A = out[name] = Ridge(text.pick(x), missing).low_rank(rank)
             y = y + (x @ A.mT.to(x.dtype)) @ B.mT.to(x.dtype)
         return y
 

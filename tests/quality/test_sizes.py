@@ -100,33 +100,48 @@ def test_maps_from_a_text_carry_an_adapter_to_a_larger_twin(pair, ids, adapter, 
     """
     seen = torch.randint(3, SMALL.vocab, (80, 12), generator=torch.Generator().manual_seed(9))
     both = sizes_maps.reading(pair, sizes_maps.Text(seen), torch.float32)
-    options = {} if method == "fitted" else {"rank": 48}
-    moved = getattr(sizes_maps, method)(both, adapter, **options)
+    if method == "fitted":
+        (moved, again), _ = sizes_maps.fitted(both, [adapter, adapter])
+        for name, (B, A) in moved.items():
+            # Two columns of one product: sums in another order.
+            torch.testing.assert_close(B @ A, again[name][0] @ again[name][1])
+    else:
+        moved = sizes_maps.followed(both, adapter, rank=48)
     assert share_kept(pair, ids, adapter, moved) > least
     assert share_kept(pair, ids, adapter, sizes_maps.padded(pair, adapter)) < 0.1
 
 
-def test_ridge_is_the_same_by_either_gram():
+@pytest.mark.parametrize(("rows", "n"), [(40, 9), (9, 40)], ids=["primal", "dual"])
+def test_ridge_is_its_definition(rows, n):
     g = torch.Generator().manual_seed(0)
-    X, Y = torch.randn(30, 8, generator=g), torch.randn(30, 3, generator=g)
-    tall = sizes_maps.ridge(X, Y, 0.1)
-    weight = 0.1 * X.square().mean() * 30
-    want = torch.linalg.solve(X.T @ X + weight * torch.eye(8), X.T @ Y)
-    torch.testing.assert_close(tall, want, rtol=1e-4, atol=1e-5)
-    wide = sizes_maps.ridge(X.T, Y[:8], 0.1)
-    weight = 0.1 * X.square().mean() * 8
-    want = torch.linalg.solve(X @ X.T + weight * torch.eye(30), X @ Y[:8])
-    torch.testing.assert_close(wide, want, rtol=1e-4, atol=1e-5)
+    X, Y, B = (torch.randn(*size, generator=g) for size in ((rows, n), (rows, 5), (n, 3)))
+    found = sizes_maps.Ridge(X, Y, (0.1,))
+    X, Y = X.double(), Y.double()
+    weight = 0.1 * X.square().mean() * rows
+    want = torch.linalg.solve(X.T @ X + weight * torch.eye(n), X.T @ Y)
+    torch.testing.assert_close(found.weights(), want)
+    # In float32 at the end.
+    torch.testing.assert_close(found.carry(B).double(), want.T @ B.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_ridge_chooses_what_predicts():
+    """Little noise wants little of it; a target that is noise wants all there is."""
+    g = torch.Generator().manual_seed(0)
+    X, noise = torch.randn(50, 30, generator=g), torch.randn(50, 4, generator=g)
+    clear = X @ torch.randn(30, 4, generator=g)
+    assert sizes_maps.Ridge(X, clear).strength == sizes_maps.STRENGTHS[0]
+    assert sizes_maps.Ridge(X, noise).strength == sizes_maps.STRENGTHS[-1]
 
 
 def test_low_rank_is_ridge_at_full_rank_and_better_than_its_truncation():
     g = torch.Generator().manual_seed(0)
     X = torch.randn(60, 8, generator=g) * torch.linspace(0.1, 3, 8)
     Y = torch.randn(60, 6, generator=g)
-    B, A = sizes_maps.low_rank(X, Y, 6, 1e-4)
-    W = sizes_maps.ridge(X, Y, 1e-4)
-    torch.testing.assert_close((B @ A).T, W, rtol=1e-3, atol=1e-4)
-    B, A = sizes_maps.low_rank(X, Y, 2, 1e-4)
+    ridge = sizes_maps.Ridge(X, Y, (1e-4,))
+    W = ridge.weights().float()
+    B, A = ridge.low_rank(6)
+    torch.testing.assert_close((B @ A).T, W, rtol=1e-4, atol=1e-5)
+    B, A = ridge.low_rank(2)
     U, S, Vh = torch.linalg.svd(W)
     truncated = U[:, :2] * S[:2] @ Vh[:2]
     assert (X @ A.T @ B.T - Y).norm() < (X @ truncated - Y).norm()
@@ -208,7 +223,7 @@ def test_everything_is_measured(tmp_path, monkeypatch):
         for method in ("aligned", "fitted, own text", "followed, own text"):
             assert kept[method] > 80, kept
         assert kept["logits added (control)"] > 80
-        assert kept["padded"] < 40
+        assert kept["padded (control)"] < 40
     sizes.main(["report", "--input", str(output), "--document", str(document)])
     text = document.read_text()
     assert text.startswith("before")
