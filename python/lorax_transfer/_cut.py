@@ -11,6 +11,8 @@ from ._recompression import LayerRecord
 from .adapters import LoraLayer
 from .errors import TransferError
 
+# Of lora_B and of lora_A.
+Dtypes = tuple[torch.dtype, torch.dtype]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -92,7 +94,7 @@ class Cut:
             limit = min(limit, int((kept < self.energy).sum()) + 1)
         return min(limit, self.rank or limit)
 
-    def written(self, layer: LoraLayer, auto: tuple[torch.dtype, torch.dtype]) -> LoraLayer:
+    def written(self, layer: LoraLayer, auto: Dtypes) -> LoraLayer:
         """The layer in the dtypes that it is written in; `auto` are those of B and of A."""
         to_B, to_A = (_DTYPES[self.dtype],) * 2 if self.dtype != "auto" else auto
         return layer.with_factors(layer.matrix_B.to(to_B), layer.matrix_A.to(to_A))

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from ._cut import Cut
+from ._cut import Cut, Dtypes
 from ._recompress import check_places, finish
 from ._recompression import Part, Recompression, parameters
 from .adapters import Adapter, LoraLayer, read_adapter
@@ -78,33 +78,20 @@ def merge(
     probe_backend(place, backend)
     sources = [read_adapter(path, drop=drop) for path in adapters]
     exact = _sums(sources, factors)
-    results = []
-    for i, (layer, auto) in enumerate(exact):
-        if progress is not None:
-            progress("layers", i, len(exact))
-        result, record = cut.apply(layer)
-        results.append((cut.written(result, auto), record))
-    if progress is not None:
-        progress("layers", len(exact), len(exact))
     return finish(
         _frame(sources, [layer.module for layer, _ in exact]),
-        [layer for layer, _ in exact],
-        results,
+        exact,
+        cut,
         kind="merge",
         inputs=tuple(
             Part(str(x.location), x.content_hash, weight, len(x.layers), x.base_model)
             for x, weight in zip(sources, factors, strict=True)
         ),
-        settings={
-            "rank": rank,
-            "energy": energy,
-            "dtype": dtype,
-            "drop": sorted(set(drop)),
-            "weights": factors,
-        },
+        settings={"drop": sorted(set(drop)), "weights": factors},
         output=None if dry_run else output,
         overwrite=overwrite,
         report=report,
+        progress=progress,
         command=command,
         warnings=_warnings(sources),
         started=started,
@@ -142,9 +129,7 @@ def _weights(adapters: Sequence[PathLike], weights: Sequence[float] | None) -> l
     return [float(weight) for weight in weights]
 
 
-def _sums(
-    sources: Sequence[Adapter], weights: Sequence[float]
-) -> list[tuple[LoraLayer, tuple[torch.dtype, torch.dtype]]]:
+def _sums(sources: Sequence[Adapter], weights: Sequence[float]) -> list[tuple[LoraLayer, Dtypes]]:
     """The exact sum for every module, and the dtypes of B and A that its parts came in."""
     _check_orientation(sources)
     modules = dict.fromkeys(module for source in sources for module in source.layers)
@@ -170,9 +155,7 @@ def _sums(
     return sums
 
 
-def _sum(
-    first: LoraLayer, parts: Sequence[tuple[LoraLayer, float]]
-) -> tuple[LoraLayer, tuple[torch.dtype, torch.dtype]]:
+def _sum(first: LoraLayer, parts: Sequence[tuple[LoraLayer, float]]) -> tuple[LoraLayer, Dtypes]:
     dtype_B, dtype_A = first.lora_B.dtype, first.lora_A.dtype
     for layer, _ in parts[1:]:
         dtype_B = torch.promote_types(dtype_B, layer.lora_B.dtype)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of `resize` and `merge`: measure what will be written, write it, report."""
+"""What `resize` and `merge` share: cut the layers, measure the result, write it, report."""
 
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from rich.text import Text
 
 import lorax_kernels as lk
 
-from ._cut import error
-from ._recompression import LayerRecord, Part, Recompression, sizes
+from ._cut import Cut, Dtypes, error
+from ._recompression import Part, Recompression, sizes
 from .adapters import Adapter, LoraLayer, write_adapter
 from .atomic import atomic_file
 from .errors import OutputError
@@ -25,8 +25,8 @@ from .tables import common_prefix
 
 def finish(
     adapter: Adapter,
-    exact: Sequence[LoraLayer],
-    results: Sequence[tuple[LoraLayer, LayerRecord]],
+    exact: Sequence[tuple[LoraLayer, Dtypes]],
+    cut: Cut,
     *,
     kind: str,
     inputs: tuple[Part, ...],
@@ -34,23 +34,25 @@ def finish(
     output: PathLike | None,
     overwrite: bool,
     report: PathLike | None,
+    progress: Callable[[str, int, int], None] | None,
     command: str | None,
     warnings: Sequence[str],
     started: float,
     parameters_before: int,
 ) -> Recompression:
-    """Measure the error of what will be written, write it, and report.
+    """Cut the layers, measure the error of what will be written, write it, and report.
 
     Args:
         adapter: whose configuration the result gets.
-        exact: the layers before the cut.
-        results: the layers in their final dtype with their records, in the same order.
+        exact: the layers before the cut, each with the dtypes of B and A that "auto" means for it.
+        cut: where, and how the result is written.
         kind: "resize" or "merge".
         inputs: the adapters that went in.
-        settings: the options, for the report.
+        settings: options besides those of the cut, for the report.
         output: directory to write, None for a dry run.
         overwrite: replace an existing adapter.
         report: .json file, or None.
+        progress: called as `progress(stage, done, total)`.
         command: command line, or None.
         warnings: sentences for the report.
         started: reading of `time.perf_counter` at the start.
@@ -60,15 +62,24 @@ def finish(
         The report.
     """
     layers, records = [], []
-    for before, (layer, record) in zip(exact, results, strict=True):
-        layers.append(layer)
-        records.append(dataclasses.replace(record, error=error(before, layer)))
+    for i, (before, dtypes) in enumerate(exact):
+        if progress is not None:
+            progress("layers", i, len(exact))
+        smaller, record = cut.apply(before)
+        layers.append(cut.written(smaller, dtypes))
+        records.append(dataclasses.replace(record, error=error(before, layers[-1])))
+    if progress is not None:
+        progress("layers", len(exact), len(exact))
+    if not cut.is_exact and all(record.rank == record.rank_before for record in records):
+        largest = max(record.rank for record in records)
+        found = f"nothing was cut: no layer has more directions (at most {largest})."
+        warnings = [*warnings, found]
     done = Recompression(
         kind=kind,
         version=lk.__version__,
         command=command,
         inputs=inputs,
-        settings=dict(settings),
+        settings={"rank": cut.rank, "energy": cut.energy, "dtype": cut.dtype, **settings},
         layers=tuple(records),
         totals=sizes(records, layers, parameters_before),
         warnings=tuple(warnings),

@@ -71,32 +71,21 @@ def resize(
     probe_backend(place, backend)
     source = read_adapter(adapter, drop=drop)
     layers = list(source.layers.values())
-    results = []
-    for i, layer in enumerate(layers):
-        if progress is not None:
-            progress("layers", i, len(layers))
-        small, record = cut.apply(layer)
-        results.append((cut.written(small, (layer.lora_B.dtype, layer.lora_A.dtype)), record))
-    if progress is not None:
-        progress("layers", len(layers), len(layers))
-    warnings = []
-    if all(record.rank == record.rank_before for _, record in results):
-        largest = max(layer.rank for layer in layers)
-        warnings.append(f"nothing was cut: no layer has more directions (at most {largest}).")
     return finish(
         source,
-        layers,
-        results,
+        [(layer, (layer.lora_B.dtype, layer.lora_A.dtype)) for layer in layers],
+        cut,
         kind="resize",
         inputs=(
             Part(str(source.location), source.content_hash, 1.0, len(layers), source.base_model),
         ),
-        settings={"rank": rank, "energy": energy, "dtype": dtype, "drop": sorted(set(drop))},
+        settings={"drop": sorted(set(drop))},
         output=None if dry_run else output,
         overwrite=overwrite,
         report=report,
+        progress=progress,
         command=command,
-        warnings=warnings,
+        warnings=[],
         started=started,
         parameters_before=parameters(layers),
     )
