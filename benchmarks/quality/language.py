@@ -68,7 +68,7 @@ def measure(options):
 def report(options):
     """Score the answers, and write tables and a plot."""
     lm_report.score(options.input, lm_data.Corpus(options.data).references)
-    lm_report.report(options.input, options.images, options.document)
+    lm_report.report(options.input, options.images, options.document, options.block)
 
 
 def main():
@@ -99,6 +99,7 @@ def main():
     job.add_argument("--input", type=Path, required=True, help="what measure wrote")
     job.add_argument("--images", type=Path, required=True, help="where the plot goes")
     job.add_argument("--document", type=Path, help="markdown whose tables are replaced")
+    job.add_argument("--block", default="tables", help="which tables of it, by name")
     job.set_defaults(run=report)
     options = parser.parse_args()
     options.run(options)

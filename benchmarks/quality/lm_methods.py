@@ -12,7 +12,8 @@ import lorax_kernels as lk
 from lorax_transfer.settings import restored_share
 
 from .lm_embeddings import INPUT, OUTPUT, beside, leading, met, rows, untaught, whole
-from .lm_model import drift
+from .lm_model import EMBEDDING, drift
+from .lm_scan import moved_by
 
 # Relative drift up to which all of it is taken back by `restore_by_drift`.
 DRIFT_RESTORED = 0.008
@@ -142,12 +143,13 @@ def _rank(adapter):
     return next(iter(adapter.factors.values()))[0].shape[1]
 
 
-def restore_by_layer(pair, adapter, *, directions):
-    """The share by the drift of each layer that `lorax-transfer` takes unless it is told one."""
+def restore_by_tool(pair, adapter, *, directions, gives_embeddings_back=False):
+    """The share of each layer's drift that `lorax-transfer` takes unless it is told one."""
     names, B, A = _lists(adapter)
     source, target = ([m.matrix(n) for n in names] for m in (pair.source, pair.target))
+    outside = None if gives_embeddings_back else moved_by(pair, [EMBEDDING])
     drifts = [float((t - s).norm() / s.norm()) for s, t in zip(source, target, strict=True)]
-    shares = [restored_share(each) for each in drifts]
+    shares = [restored_share(each, outside) for each in drifts]
     moved = lk.restore_lora(B, A, source, target, directions=directions, strength=shares)
     return _named(names, moved)
 
@@ -223,36 +225,35 @@ def measured(kind, ranks):
     return methods
 
 
-def with_embeddings():
-    """Name -> method, for parts of the embeddings' drift beside what is done to the layers."""
+def with_embeddings(kind):
+    """Name -> method, for parts of the embeddings' drift beside what is done to the layers.
+
+    "restore" is the tool's with its defaults, "restore --embeddings W" with that option.
+    """
     few, sixteen, many = (partial(leading, directions=q) for q in (1, 16, 64))
-    by_layer = partial(restore_by_layer, directions=16)
-    half = partial(restore, directions=16, strength=0.5)
+    tool = partial(restore_by_tool, directions=16, gives_embeddings_back=True)
+    by_drift = partial(restore_by_drift, directions=16)
     both = partial(anchor, sides="both")
-    methods = {"restore q=16 by layer": by_layer}
+    written, read = (partial(met, directions=16, is_written=w) for w in (True, False))
+    methods = {"restore": partial(restore_by_tool, directions=16)}
     made = {
-        "embeddings q=1": {"layers": copy, "part": few},
-        "embeddings q=16": {"layers": copy, "part": sixteen},
-        "embeddings q=64": {"layers": copy, "part": many},
-        "embeddings q=16 w=0.5": {"layers": copy, "part": sixteen, "strength": 0.5},
-        "embeddings q=16 input": {"layers": copy, "part": sixteen, "sides": (INPUT,)},
-        "embeddings q=16 output": {"layers": copy, "part": sixteen, "sides": (OUTPUT,)},
-        "embeddings written q=16": {"layers": copy, "part": partial(met, directions=16)},
-        "embeddings read q=16": {
-            "layers": copy,
-            "part": partial(met, directions=16, is_written=False),
-        },
-        "embeddings rows=4096": {"layers": copy, "part": partial(rows, count=4096)},
-        "embeddings untaught": {"layers": copy, "part": partial(untaught, share=0.5)},
-        "restore by layer, embeddings q=16": {"layers": by_layer, "part": sixteen},
-        "restore w=0.5, embeddings q=16": {"layers": half, "part": sixteen},
-        "anchor both, embeddings q=16": {"layers": both, "part": sixteen},
-        "anchor both, embeddings q=16 w=0.5": {
-            "layers": both,
-            "part": sixteen,
-            "strength": 0.5,
-        },
+        "copy --embeddings 1": {"layers": copy, "part": sixteen},
+        "copy --embeddings 0.5": {"layers": copy, "part": sixteen, "strength": 0.5},
+        "copy + embeddings q=1": {"layers": copy, "part": few},
+        "copy + embeddings q=64": {"layers": copy, "part": many},
+        "copy + embeddings q=16 input": {"layers": copy, "part": sixteen, "sides": (INPUT,)},
+        "copy + embeddings q=16 output": {"layers": copy, "part": sixteen, "sides": (OUTPUT,)},
+        "copy + embeddings written q=16": {"layers": copy, "part": written},
+        "copy + embeddings read q=16": {"layers": copy, "part": read},
+        "copy + embeddings of 4096 tokens": {"layers": copy, "part": partial(rows, count=4096)},
+        "copy + embeddings untaught": {"layers": copy, "part": partial(untaught, share=0.5)},
+        "restore --embeddings 1": {"layers": tool, "part": sixteen},
+        "restore --embeddings 0.5": {"layers": tool, "part": sixteen, "strength": 0.5},
+        "restore by drift + embeddings q=16": {"layers": by_drift, "part": sixteen},
     }
+    if kind == "lora":
+        made["anchor --embeddings 1"] = {"layers": both, "part": sixteen}
+        made["anchor --embeddings 0.5"] = {"layers": both, "part": sixteen, "strength": 0.5}
     return methods | {name: partial(beside, **options) for name, options in made.items()}
 
 
@@ -269,5 +270,5 @@ def few(kind, ranks):
 
 def chosen(kind, ranks, patterns):
     """The methods whose names fit one of some patterns, such as `restore*`."""
-    every = measured(kind, ranks) | with_embeddings()
+    every = measured(kind, ranks) | with_embeddings(kind)
     return {n: m for n, m in every.items() if any(fnmatchcase(n, p) for p in patterns)}

@@ -12,12 +12,13 @@ from lorax_transfer.recommend import recommend
 from lorax_transfer.report import AlignmentFacts, Totals
 from lorax_transfer.settings import restored_share
 
-BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
+# What the tables of a document stand between.
+BEGIN, END = "<!-- {} -->", "<!-- end of {} -->"
 KINDS = {"lora": "LoRA", "lorax": "LoRA-X"}
 TASKS = {"enfr": ("English to French", "bleu"), "xsum": ("one-sentence summaries", "rouge_l")}
 METRICS = {"bleu": "BLEU", "chrf": "chrF", "rouge_l": "ROUGE-L"}
-# They put parts of the source back that no adapter of linear layers reaches, or look at no weight
-# where one has to: bounds and controls, not methods to choose.
+# They put more of the source back than an adapter holds, or on one side only where PEFT ties both,
+# or look at no weight where one has to: bounds and controls, not methods to choose.
 CONTROLS = (
     "none",
     "trained",
@@ -27,10 +28,11 @@ CONTROLS = (
     "undo all",
     "source's embeddings",
     "undo all, source's embeddings",
-    "restore q=16 with embeddings",
-    "restore q=16 w=0.5 with embeddings",
     "by share of depth",
     "aligned, not sized",
+    "copy + embeddings q=16 input",
+    "copy + embeddings q=16 output",
+    "copy + embeddings untaught",
 )
 # The setting that `lorax-transfer --method NAME` stands for, the first that was measured.
 SETTINGS = {
@@ -40,6 +42,8 @@ SETTINGS = {
     "transport": ("transport k=320", "transport k=64"),
     "anchor": ("anchor both", "anchor output"),
     "aligned": ("aligned",),
+    "restore": ("restore",),
+    "restore --embeddings 1": ("restore --embeddings 1", "restore q=16 with embeddings"),
 }
 # What the plot shows.
 KEPT = ("copy", "source's embeddings", "prolora k=64", "prolora k=320", "lorax k=320", "lorax k=64")
@@ -50,7 +54,10 @@ WON = (
     "anchor both",
     "restore q=16",
     "restore q=16 w=0.5",
-    "restore q=16 by drift",
+    "restore",
+    "restore --embeddings 1",
+    "anchor --embeddings 1",
+    "copy --embeddings 1",
 )
 # Nats that a method may cost the target's own text beyond what copying or an adapter trained on the
 # target costs it; with more it wins by undoing what the target was trained for.
@@ -236,7 +243,10 @@ def _totals(facts, case):
     empty |= dict.fromkeys(
         ("layers", "transferred", "left_out", "excluded", "unvalidated", "above_tolerance"), 0
     )
-    scans = facts.get(case.target, {}).get("scan", {}).get(f"{case.kind} {case.task}", {})
+    about = facts.get(case.target, {})
+    # Files of before `scan` looked at embeddings have their drift beside.
+    empty["embedding_drift"] = about.get("embeddings", {}).get("drift")
+    scans = about.get("scan", {}).get(f"{case.kind} {case.task}", {})
     return [Totals(**(empty | scan | {"methods": {}})) for scan in scans.values()]
 
 
@@ -263,11 +273,14 @@ def verdict(facts, case):
         found = [Totals(**empty)]
     if not found:
         return None
-    name = re.search(r"--method (\w+)", recommend(found[0], alignment).reason)
-    wanted = SETTINGS.get(name[1], ()) if name else ()
-    if name and name[1] == "restore":
+    name = re.search(
+        r"--method (\w+)(?: with (--embeddings 1))?", recommend(found[0], alignment).reason
+    )
+    wanted = SETTINGS.get(" ".join(filter(None, name.groups())), ()) if name else ()
+    if name and name[1] == "restore" and wanted[0] not in case.methods:
+        # Measured before the tool had this default.
         share = restored_share(found[0].drift)
-        wanted = ("restore q=16" if share > 0.75 else "restore q=16 w=0.5",)
+        wanted = (*wanted, "restore q=16" if share > 0.75 else "restore q=16 w=0.5")
     return next((m for m in wanted if m in case.methods), None)
 
 
@@ -373,16 +386,18 @@ def _lines(axis, mine, methods, facts, score):
             axis.errorbar(at, mean, error, label=method, marker="o", capsize=2, color=f"C{i}")
 
 
-def report(path, images, document=None):
-    """Write the plot, and the tables into the document or to standard output."""
+def report(path, images, document=None, block="tables"):
+    """Write the plot, and the tables into a block of the document or to standard output."""
     result = json.loads(Path(path).read_text("utf-8"))
-    plot(result, Path(images) / "quality_language.png")
+    suffix = "" if block == "tables" else f"_{block}"
+    plot(result, Path(images) / f"quality_language{suffix}.png")
     text = tables(result)
     if document is None:
         print(text)
         return
     content = document.read_text("utf-8")
-    if BEGIN not in content or END not in content:
-        raise SystemExit(f"{document} needs the lines {BEGIN} and {END}; put them in.")
-    before, after = content.split(BEGIN)[0], content.split(END)[1]
-    document.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", "utf-8")
+    begin, end = BEGIN.format(block), END.format(block)
+    if begin not in content or end not in content:
+        raise SystemExit(f"{document} needs the lines {begin} and {end}; put them in.")
+    before, after = content.split(begin)[0], content.split(end)[1]
+    document.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", "utf-8")

@@ -5,6 +5,8 @@ import torch
 
 import lorax_kernels as lk
 
+from .lm_model import EMBEDDING
+
 
 def _energy(B, A):
     return ((B.mT.double() @ B.double()) * (A.double() @ A.double().mT)).sum()
@@ -43,6 +45,7 @@ def totals(pair, adapter, rank):
         return sum(w * x for w, x in pairs) / sum(w for w, _ in pairs) if pairs else None
 
     count = len(adapter.factors)
+    adapted = {f"{name}.weight" for name in adapter.factors}
     return {
         "layers": count,
         "transferred": 0,
@@ -58,7 +61,18 @@ def totals(pair, adapter, rank):
         "similarity_excess": mean("excess"),
         "in_subspace": mean("in"),
         "in_subspace_chance": mean("in_c"),
+        "embedding_drift": moved_by(pair, [EMBEDDING]),
+        "untouched_drift": moved_by(pair, pair.source.weights.keys() - adapted - {EMBEDDING}),
     }
+
+
+def moved_by(pair, names):
+    """`||W_t - W_s|| / ||W_s||` of some weights, taken together."""
+    source, target = (
+        torch.cat([m.weights[n].flatten() for n in sorted(names)])
+        for m in (pair.source, pair.target)
+    )
+    return float((target - source).norm() / source.norm())
 
 
 def embedding_drift(pair, key):

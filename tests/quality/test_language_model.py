@@ -455,7 +455,8 @@ def test_measurement_from_training_to_document(folder, tmp_path, weights, capsys
         ]
     )
     document = tmp_path / "quality.md"
-    document.write_text(f"before\n{lm_report.BEGIN}\n{lm_report.END}\nafter\n")
+    begin, end = lm_report.BEGIN.format("tables"), lm_report.END.format("tables")
+    document.write_text(f"before\n{begin}\n{end}\nafter\n")
     lm_report.report(tmp_path / "out.json", tmp_path, document)
     text = document.read_text()
     assert text.startswith("before")
@@ -469,14 +470,16 @@ def test_some_methods_are_measured_again(folder, tmp_path, weights, capsys):
     lab = lm_lab.Lab(
         folder, tmp_path / "out.json", device="cpu", scale=scale.again(), source=(SHAPE, weights)
     )
-    measurement = lm_measure.Measurement(lab, ["copy", "embeddings q=1*"])
+    measurement = lm_measure.Measurement(
+        lab, ["copy", "copy + embeddings q=1*", "restore", "* --embeddings 1"]
+    )
     measurement.run()
     log = capsys.readouterr().out
     assert "failed" not in log
     assert "late" not in log
     found = {row["method"] for row in lab.rows if row["target"] == "mid"}
-    assert {"none", "copy", "embeddings q=1", "embeddings q=16 w=0.5"} < found
-    assert all(name.startswith(("none", "copy", "embeddings q=1")) for name in found)
-    assert "copy x1.2" not in found
+    assert {"none", "copy", "copy + embeddings q=1", "copy + embeddings q=16 input"} < found
+    assert {"restore", "restore --embeddings 1", "anchor --embeddings 1"} < found
+    assert found.isdisjoint({"trained", "copy x1.2", "restore q=16", "copy --embeddings 0.5"})
     assert {row["target"] for row in lab.rows} == {"source", "mid"}
     assert measurement._rate["lora", "enfr"] == lm_lab.WON["lora", "enfr"][0]
