@@ -39,9 +39,9 @@ LABELS = ("small", "large")
 SCALES = {
     "full": replace(
         FULL,
-        steps={TASK: 200},
+        steps={TASK: 150},
         batch={TASK: 48},
-        rates={("lora", TASK): [5e-4, 1e-3, 2e-3, 4e-3]},
+        rates={("lora", TASK): [1e-3, 2e-3, 4e-3]},
         train_length={TASK: 40},
     ),
     "reduced": replace(
@@ -53,8 +53,8 @@ SCALES = {
         train_length={TASK: 40},
     ),
 }
-TEXT = {"full": (256, 40), "reduced": (24, 24)}  # rows and length of the texts that maps come from
-TUNING_STEPS = {"full": 80, "reduced": 15}
+TEXT = {"full": (160, 40), "reduced": (24, 24)}  # rows and length of the texts that maps come from
+TUNING_STEPS = {"full": 60, "reduced": 15}
 
 
 class Sizes:
@@ -174,7 +174,7 @@ class Sizes:
         }
         for name, found in maps.items():
             methods[name] = lambda i, m=found: lm_shapes.aligned(pair, adapters[i], maps=m)
-            methods[f"{name} x0.5"] = lambda i, name=name: _scaled(0.5, methods[name](i))
+        methods["aligned x0.5"] = lambda i: _scaled(0.5, methods["aligned"](i))
         reads = {
             name: sizes_maps.reading(pair, text, self.dtype)
             for name, text in self.texts(source, adapters[0]).items()

