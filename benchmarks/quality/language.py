@@ -62,7 +62,8 @@ def measure(options):
         Measurement(_lab(options)).run()
         return
     patterns = [name.strip() for name in options.methods.split(",")]
-    Measurement(_lab(options, FULL.again()), patterns).run()
+    labels = None if options.targets is None else options.targets.split(",")
+    Measurement(_lab(options, FULL.again(labels)), patterns).run()
 
 
 def report(options):
@@ -93,6 +94,9 @@ def main():
                 "--methods",
                 metavar="NAMES",
                 help="only these, such as 'trained,copy,restore*', at the rates that won before",
+            )
+            job.add_argument(
+                "--targets", metavar="NAMES", help="with --methods: only these, such as 'mid,far'"
             )
     job = jobs.add_parser("report", help=report.__doc__)
     job.add_argument("--data", type=Path, required=True)

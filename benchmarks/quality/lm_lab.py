@@ -47,9 +47,18 @@ class Scale:
     has_controls: bool  # every method and bound, instead of a few
     skill_rows: int  # windows of text that a model's own skill is scored on
 
-    def again(self):
-        """The same at the rates that won, where a measurement has chosen."""
-        return replace(self, rates=self.rates | WON)
+    def again(self, labels=None):
+        """The same at the rates that won, where a measurement has chosen; for some targets."""
+        kept = set(labels or self.targets)
+        return replace(
+            self,
+            rates=self.rates | WON,
+            targets={label: steps for label, steps in self.targets.items() if label in kept},
+            second_task={
+                kind: tuple(label for label in wanted if label in kept)
+                for kind, wanted in self.second_task.items()
+            },
+        )
 
 
 # From the measurement of every method, `rates` in benchmarks/results/quality_language_h200.json.

@@ -466,9 +466,9 @@ def test_measurement_from_training_to_document(folder, tmp_path, weights, capsys
 
 
 def test_some_methods_are_measured_again(folder, tmp_path, weights, capsys):
-    scale = dataclasses.replace(TINY, targets={"mid": 4}, seeds=(0,))
+    scale = dataclasses.replace(TINY, seeds=(0,)).again(["mid"])
     lab = lm_lab.Lab(
-        folder, tmp_path / "out.json", device="cpu", scale=scale.again(), source=(SHAPE, weights)
+        folder, tmp_path / "out.json", device="cpu", scale=scale, source=(SHAPE, weights)
     )
     measurement = lm_measure.Measurement(
         lab, ["copy", "copy + embeddings q=1*", "restore", "* --embeddings 1"]
