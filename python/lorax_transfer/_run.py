@@ -75,7 +75,7 @@ class Run:
                 f"dtype is {self.settings.dtype}, but cores are float32; add --form lora to write "
                 "factors of that dtype."
             )
-        if self.native is not None and self.settings.form == "lora":
+        if self.native is not None and (self.settings.form == "lora" or self.settings.embeddings):
             self.native.check_foldable()
         with open_checkpoint(source) as self.source, open_checkpoint(target) as self.target:
             if self.native is not None:

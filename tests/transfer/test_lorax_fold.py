@@ -123,7 +123,7 @@ def test_files_know_of_convolutions_that_an_ordinary_lora_passes_over(
     message = "1 is a convolution with dilation"
     with pytest.raises(AdapterError, match=message):
         lorax_transfer.fold(native, tmp_path / "source", tmp_path / "lora")
-    for more in ({"form": "lora"}, {"method": "copy"}):
+    for more in ({"form": "lora"}, {"method": "copy"}, {"embeddings": 0.5}):
         with pytest.raises(AdapterError, match=message):
             lorax_transfer.transfer(*places, **more)
     assert not (tmp_path / "lora").exists()
