@@ -20,6 +20,8 @@ from ._options import (
     Drop,
     Dtype,
     Json,
+    Output,
+    Overwrite,
     Quiet,
     ReportFile,
     Verbose,
@@ -31,16 +33,6 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 Session = Callable[[bool, bool, bool], AbstractContextManager[Progress | None]]
 
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="DIR",
-        help="Directory to write; needed unless --dry-run.",
-        show_default=False,
-    ),
-]
 CutRank = Annotated[
     int | None,
     typer.Option(
@@ -66,10 +58,6 @@ CutEnergy = Annotated[
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Report only, write no adapter.", rich_help_panel=WHERE),
-]
-Overwrite = Annotated[
-    bool,
-    typer.Option("--overwrite", help="Replace an adapter in --output.", rich_help_panel=WHERE),
 ]
 
 
@@ -132,7 +120,7 @@ def add_commands(app: typer.Typer, session: Session, command_line: Callable[[], 
         quiet: Quiet = False,
     ) -> None:
         """Cut ADAPTER to a lower rank, every layer optimally, and write it to --output."""
-        _needs_output(output, dry_run)
+        needs_output(output, dry_run)
         if rank is None and energy is None:
             raise typer.BadParameter("give one of them, or both.", param_hint="--rank / --energy")
         with session(verbose, quiet, as_json) as progress:
@@ -238,7 +226,7 @@ def add_commands(app: typer.Typer, session: Session, command_line: Callable[[], 
 
         The sum is exact, and its rank the sum of the ranks, unless --rank or --energy cut it.
         """
-        _needs_output(output, dry_run)
+        needs_output(output, dry_run)
         with session(verbose, quiet, as_json) as progress:
             from ._merge import merge as run
 
@@ -261,7 +249,8 @@ def add_commands(app: typer.Typer, session: Session, command_line: Callable[[], 
         _print(done, as_json, quiet)
 
 
-def _needs_output(output: Any, dry_run: bool) -> None:
+def needs_output(output: Path | None, dry_run: bool) -> None:
+    """End with the usage if there is nowhere to write to."""
     if output is None and not dry_run:
         raise typer.BadParameter("is missing; only a --dry-run needs none.", param_hint="--output")
 

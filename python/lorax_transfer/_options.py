@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options that `lorax-transfer transfer` and `lorax-transfer scan` share."""
+"""The options that commands of `lorax-transfer` share."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -159,6 +159,20 @@ Cache = Annotated[
         show_default=False,
         rich_help_panel=HOW,
     ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Directory to write; needed unless --dry-run.",
+        show_default=False,
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace an adapter in --output.", rich_help_panel=WHERE),
 ]
 ReportFile = Annotated[
     Path | None,

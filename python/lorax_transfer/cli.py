@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ._adapter_commands import add_commands
+from ._adapter_commands import add_commands, needs_output
 from ._options import (
     WHERE,
     Adapter,
@@ -34,6 +34,8 @@ from ._options import (
     Json,
     Method,
     MinSimilarity,
+    Output,
+    Overwrite,
     Plot,
     Quiet,
     Rank,
@@ -87,16 +89,7 @@ def transfer(
     adapter: Adapter,
     source: Source,
     target: Target,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            help="Directory to write; needed unless --dry-run.",
-            show_default=False,
-        ),
-    ] = None,
+    output: Output = None,
     method: Method = "lorax",
     rank: Rank = None,
     energy: Energy = None,
@@ -129,10 +122,7 @@ def transfer(
             rich_help_panel=WHERE,
         ),
     ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace an adapter in --output.", rich_help_panel=WHERE),
-    ] = False,
+    overwrite: Overwrite = False,
     report: ReportFile = None,
     plot: Plot = None,
     as_json: Json = False,
@@ -140,8 +130,7 @@ def transfer(
     quiet: Quiet = False,
 ) -> None:
     """Move ADAPTER to another base model and write it to --output."""
-    if output is None and not dry_run:
-        raise typer.BadParameter("is missing; only a --dry-run needs none.", param_hint="--output")
+    needs_output(output, dry_run)
     with _session(verbose, quiet, as_json) as progress:
         from ._api import transfer as run
 
