@@ -346,6 +346,12 @@ def _warnings(done: Report) -> tuple[str, ...]:
             f"of {TOLERANCE:g}; the singular values at their cut are too close, so try another "
             "rank."
         )
+    if done.updates_tied_embeddings:
+        found.append(
+            "the adapter updates embeddings that are tied to the output layer: PEFT computes with "
+            "it as it should, but merging would add that update twice; untie the two in the base "
+            "model before you merge."
+        )
     drifts = [x.drift for x in done.layers if x.is_measured]
     if drifts and all(drift == 0 for drift in drifts):
         found.append(

@@ -78,6 +78,8 @@ def _rows(report: Report) -> dict[str, object]:
     for each in report.embeddings:
         if each.drift_undone is not None:
             rows[f"Drift undone of {each.module}"] = f"{each.drift_undone:.1%}"
+    if report.updates_tied_embeddings:
+        rows["To merge it"] = "untie embeddings and output layer of the base model first"
     if totals.unvalidated:
         rows["Layers that change shape, which no one has validated"] = totals.unvalidated
     return rows

@@ -315,6 +315,13 @@ class Report:
     seconds: float
     output: str | None
 
+    @property
+    def updates_tied_embeddings(self) -> bool:
+        """Whether the adapter updates embeddings and an output layer that is tied to them."""
+        given_back = [x for x in self.embeddings if x.drift_undone is not None]
+        inputs = {x.target_tensor for x in given_back if not x.is_output}
+        return any(x.is_output and x.target_tensor in inputs for x in given_back)
+
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data, in the schema of docs/report.md."""
         return {"schema": SCHEMA, **dataclasses.asdict(self)}

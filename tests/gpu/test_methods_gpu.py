@@ -75,6 +75,15 @@ def test_restore():
         assert float((update - wanted).norm() / wanted.norm()) < 1e-2
 
 
+def test_restore_embedding():
+    source = torch.randn(5000, 96, generator=seeded(0))
+    # Directions that are told apart.
+    D = torch.randn(5000, 96, generator=seeded(1)) * 0.8 ** torch.arange(96)
+    want = lk.restore_embedding(source, source + D, directions=8)
+    got = lk.restore_embedding(source.cuda(), (source + D).cuda(), directions=8)
+    assert_same_updates(*([pair[:1], pair[1:]] for pair in (got, want)))
+
+
 def test_alignment():
     P = torch.linalg.qr(torch.randn(40, 24, generator=seeded(0))).Q
     H = torch.linalg.qr(torch.randn(90, 60, generator=seeded(1))).Q

@@ -120,9 +120,10 @@ def test_stock_peft_computes_with_the_embeddings_given_back(tmp_path, name, tied
 def test_peft_merges_them_where_they_are_not_tied(tmp_path):
     pair = pair_of(tmp_path, "llama", False)
     moved = tmp_path / "moved"
-    lorax_transfer.transfer(
+    report = lorax_transfer.transfer(
         pair.adapter, pair.source, pair.target, moved, method="copy", embeddings=1.0
     )
+    assert not any("merging" in text for text in report.warnings)
     model = loaded(pair.target_model, moved)
     before = model(IDS).logits
     torch.testing.assert_close(model.merge_and_unload()(IDS).logits, before, rtol=1e-4, atol=1e-4)
@@ -133,9 +134,11 @@ def test_peft_merges_tied_ones_after_they_were_untied(tmp_path):
     """What docs/methods.md advises, and that PEFT adds tied updates twice without it."""
     pair = pair_of(tmp_path, "llama", True)
     moved = tmp_path / "moved"
-    lorax_transfer.transfer(
+    report = lorax_transfer.transfer(
         pair.adapter, pair.source, pair.target, moved, method="copy", embeddings=1.0
     )
+    assert any("merging would add that update twice" in text for text in report.warnings)
+    assert "To merge it" in (moved / "README.md").read_text()
     expected = loaded(pair.target_model, moved)(IDS).logits
     tied = loaded(pair.target_model, moved)
     with warnings.catch_warnings():
