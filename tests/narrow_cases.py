@@ -89,15 +89,15 @@ def check_ritz(
     assert torch.equal(Q, before[0])
     assert torch.equal(B, before[1])
     assert status.tolist() == [DONE] * len(Q)
-    # A projected onto the span of Q, from a B that is A^T Q.
+    # A projected onto the span of Q, from a B that is A^T Q: basis @ rows.
     basis, R = torch.linalg.qr(Q.double())
-    A = basis @ torch.linalg.solve_triangular(R.mT, B.double().mT, upper=False)
-    exact = torch.linalg.svdvals(A)[:, :k]
+    rows = torch.linalg.solve_triangular(R.mT, B.double().mT, upper=False)
+    exact = torch.linalg.svdvals(rows)[:, :k]
     # Float32 rounding of the results.
     torch.testing.assert_close(S.double(), exact, rtol=1e-6, atol=0)
     assert cases.orthogonality(U) < cases.ORTHONORMAL_TOLERANCE
     assert cases.orthogonality(V) < cases.ORTHONORMAL_TOLERANCE
-    core = U.double().mT @ A @ V.double() / exact[:, None]
+    core = (U.double().mT @ basis) @ (rows @ V.double()) / exact[:, None]
     eye = torch.eye(k, device=device, dtype=torch.float64)
     # A row is divided by its own singular value, as small as 1e-4 of the largest.
     spread = float((exact[:, :1] / exact[:, -1:]).max())
