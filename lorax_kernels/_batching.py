@@ -9,6 +9,8 @@ from ._planning import Plan
 
 # Outside of these bounds squares of entries overflow or vanish in float32.
 _SAFE = (1e-8, 1e8)
+# Weights that are scaled on the way are copied so many bytes at a time.
+_SCRATCH_BYTES = 256 << 20
 # Largest entry in float16: products with orthonormal blocks are then of order one, and entries down
 # to 2^-15 of the largest keep all the digits of a bfloat16.
 _HALF_EXPONENT = -2
@@ -79,8 +81,7 @@ def stack(
         ValueError: a matrix holds NaN or Inf.
     """
     first = matrices[chunk[0]]
-    extremes = [torch.aminmax(matrices[i]) for i in chunk]
-    largest = torch.stack([torch.maximum(-e.min, e.max) for e in extremes]).double()
+    largest = _largest([matrices[i] for i in chunk])
     if not bool(largest.isfinite().all()):
         bad = chunk[int((~largest.isfinite()).nonzero()[0])]
         raise ValueError(f"matrix {bad} holds NaN or Inf; no SVD exists")
@@ -98,15 +99,30 @@ def stack(
     if len(chunk) == 1 and shifts[0] == 0:
         return first[None].to(working), torch.ones_like(shift)
     stacked = torch.empty(len(chunk), *first.shape, dtype=working, device=first.device)
+    if halves and max(abs(power) for power in shifts) < _EXACT_POWER:
+        # A power of two changes no digit, so that the weights' own dtype will do.
+        step = max(1, _SCRATCH_BYTES // (first.numel() * first.itemsize))
+        for start in range(0, len(chunk), step):
+            some = slice(start, start + step)
+            powers = [2.0**-power for power in shifts[some]]
+            scaled = torch._foreach_mul([matrices[i] for i in chunk[some]], powers)
+            torch._foreach_copy_(list(stacked[some]), scaled)
+        return stacked, torch.exp2(shift)
     wide = torch.promote_types(first.dtype, working)
     for row, i, power in zip(stacked, chunk, shifts, strict=True):
         if power == 0:
             row.copy_(matrices[i])
-        elif halves and abs(power) < _EXACT_POWER:
-            # A power of two changes no digit, so that the weights' own dtype will do.
-            row.copy_(matrices[i] * 2.0**-power)
         else:
             # In two steps: a power that brings 1e-38 to 1 is itself out of float32's range.
             half = power // 2
             row.copy_(matrices[i].to(wide) * 2.0**-half * 2.0 ** (half - power))
     return stacked, torch.exp2(shift)
+
+
+def _largest(matrices: list[torch.Tensor]) -> torch.Tensor:
+    """Largest magnitude of each, `(b,)` in float64; NaN where there is one."""
+    if matrices[0].is_cuda:
+        # One launch for many.
+        return torch.stack(torch._foreach_norm(matrices, float("inf"))).double()
+    extremes = [torch.aminmax(matrix) for matrix in matrices]
+    return torch.stack([torch.maximum(-e.min, e.max) for e in extremes]).double()

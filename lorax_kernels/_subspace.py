@@ -31,7 +31,10 @@ _DEGREES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24)
 _SHORT_CYCLES = (6, 8)
 # Between two orthonormalisations the leading directions may outgrow the rest by this factor. Ritz
 # vectors hold little of each other's directions, so that float32 has digits left for the smallest.
+# Every column of a nearly random block holds the leading directions, though, and what they outgrow
+# by more than this goes under where the column is rounded to float16.
 _GROWTH_CAP = 1e6
+_GROWTH_CAP_ROUNDED = 1e4
 # A cycle aims well below the tolerance, so that it rarely ends just above it; it stops as far below
 # because the estimate is of first order, and low by up to a half where the block's end is not yet
 # at the eigenvalues outside.
@@ -139,8 +142,8 @@ def _rayleigh_ritz(A: Operator, Q: torch.Tensor, k: int) -> _Ritz:
 class _Cycle:
     """The next cycle of each matrix of a stack, on the CPU; no degrees where the matrix is done."""
 
-    coarse: torch.Tensor  # (b,) degree with the block rounded to one piece
-    fine: torch.Tensor  # (b,) degree after that, with the block in two pieces
+    coarse: torch.Tensor  # (b,) factors with the block rounded to one piece
+    fine: torch.Tensor  # (b,) factors after those, with the block in two pieces
 
     def cut(self, degree: int) -> "_Cycle":
         """No more than `degree` degrees, and none of them fine where there would be more."""
@@ -157,10 +160,11 @@ class _Cycle:
 
 
 def _next_cycle(A: Operator, ritz: _Ritz, k: int, tol: float) -> _Cycle:
-    """Smallest listed degrees that should bring the error under the tolerance, for each matrix.
+    """Smallest listed degree that should bring the error under the tolerance, for each matrix.
 
     A block in one piece leaves an error of about its rounding times `theta_k / (theta_k -
-    theta_l)`. Where that is above the tolerance, one piece goes down to it and two go on.
+    theta_l)`. Where that is above the tolerance, the last factors take two: as many as would bring
+    the error from there under it.
     """
     theta = ritz.theta.double()
     last, first_beyond = theta[:, k - 1], theta[:, -1].clamp_min(1e-300)
@@ -169,17 +173,19 @@ def _next_cycle(A: Operator, ritz: _Ritz, k: int, tol: float) -> _Cycle:
     aim = torch.full_like(floor, _AIM * tol)
     turn = torch.where(ritz.planned < _NEAR_FLOOR * floor, ritz.planned, floor)
     turn = torch.maximum(turn, aim)
-    coarse = torch.acosh((ritz.planned / turn).clamp_min(1)) / rate
-    fine = torch.acosh(turn / aim) / rate
-    degrees = torch.stack([_listed(coarse), _listed(fine)])
+    total = torch.acosh((ritz.planned / aim).clamp_min(1)) / rate
+    fine = (torch.acosh(turn / aim) / rate).ceil().clamp_max(_DEGREES[-1])
+    degrees = torch.stack([_listed(total), fine.long()])
     # After a glance two degrees more cost less than a look too early.
     enough = _AIM if ritz.Y is None else _ENOUGH
     degrees = torch.where(ritz.error <= enough * tol, 0, degrees).cpu()
     if A.on_gpu:
         # One batch: products cost little there, and small eigenproblems the same for a few
         # matrices as for many.
-        degrees = torch.where(degrees.any(0), degrees.amax(1, keepdim=True), 0)
-    return _Cycle(*degrees)
+        degrees = torch.where(degrees[0] > 0, degrees.amax(1, keepdim=True), 0)
+    total, fine = degrees
+    fine = torch.minimum(fine, total)
+    return _Cycle(total - fine, fine)
 
 
 def _listed(needed: torch.Tensor) -> torch.Tensor:
@@ -188,22 +194,24 @@ def _listed(needed: torch.Tensor) -> torch.Tensor:
 
 
 def _filter(A: Operator, ritz: _Ritz, coarse: int, fine: int) -> torch.Tensor:
-    """Applies the polynomials of these degrees to the block and orthonormalises it."""
+    """Applies the polynomial of degree `coarse + fine` to the block and orthonormalises it."""
     # Where the block holds all there is, its last Ritz value is rounding and may be zero.
     b = torch.maximum(ritz.theta[:, -1], 1e-8 * ritz.theta[:, 0]).float().clamp_min(1e-30)
     # How much a leading direction gains on the rest in one factor, at most, over the stack.
     gain = max(2.0, float((2 * ritz.theta[:, 0].float() / b).max()))
-    factors = [(root, 1) for root in chebyshev_roots(coarse)]
-    factors += [(root, 2) for root in chebyshev_roots(fine)]
+    roots = chebyshev_roots(coarse + fine)
+    pieces = [1] * coarse + [2] * fine
     X, Z, growth = ritz.Q, ritz.Z, 1.0
-    for j, (root, pieces) in enumerate(factors):
+    for j, root in enumerate(roots):
         if j:
-            Z = A.apply(X, pieces)
+            Z = A.apply(X, pieces[j])
         # The factor's own size for a column above b, which keeps the block in float16's range.
         size = torch.maximum(ritz.quotients - (root * b)[:, None], b[:, None] / 2)
         X = ops.shift(Z, X, root * b, 1 / size, backend=A.backend)
         growth *= gain
-        if j + 1 < len(factors) and growth * gain > _GROWTH_CAP:
+        is_rounded = A.rounding > 0 and pieces[j] == 1
+        cap = _GROWTH_CAP_ROUNDED if is_rounded else _GROWTH_CAP
+        if j + 1 < len(roots) and growth * gain > cap:
             X, growth = ops.orthonormalize(X, quick=True, backend=A.backend), 1.0
     return ops.orthonormalize(X, backend=A.backend)
 
