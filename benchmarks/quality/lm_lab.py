@@ -48,16 +48,13 @@ class Scale:
     skill_rows: int  # windows of text that a model's own skill is scored on
 
     def again(self, labels=None):
-        """The same at the rates that won, where a measurement has chosen; for some targets."""
-        kept = set(labels or self.targets)
+        """The same at the rates that won; for some targets, and the second task on all of them."""
+        kept = [label for label in self.targets if labels is None or label in labels]
         return replace(
             self,
             rates=self.rates | WON,
-            targets={label: steps for label, steps in self.targets.items() if label in kept},
-            second_task={
-                kind: tuple(label for label in wanted if label in kept)
-                for kind, wanted in self.second_task.items()
-            },
+            targets={label: self.targets[label] for label in kept},
+            second_task=dict.fromkeys(self.second_task, tuple(kept)),
         )
 
 
@@ -86,7 +83,7 @@ FULL = Scale(
     core=152,
     ranks=(64, 320),
     train_length={"enfr": 40, "xsum": 256},
-    second_task={"lora": ("mid", "far"), "lorax": ("mid", "far")},
+    second_task={"lora": ("mid", "far"), "lorax": ("mid",)},
     has_shapes=True,
     has_controls=True,
     skill_rows=64,
