@@ -184,8 +184,10 @@ def _allocate(layer: Any, adapter: str, dtype: torch.dtype) -> None:
 
 def _initialize(group: list[tuple[Any, str]], rank: int, tol: float, backend: str) -> None:
     """Decompose the weights of layers with one rank, and set factors and weights."""
-    matrices = [layer.get_base_layer().weight.data for layer, _ in group]
-    found = truncated_svd(matrices, rank, tol=tol, backend=backend)
+    # No name for the list: each old weight is to be free again once it has been replaced.
+    found = truncated_svd(
+        [layer.get_base_layer().weight.data for layer, _ in group], rank, tol=tol, backend=backend
+    )
     alike: dict[Any, list[tuple[Any, str, SVD]]] = {}
     for (layer, adapter), svd in zip(group, found, strict=True):
         key = svd.U.shape, svd.V.shape, svd.U.device, layer.fan_in_fan_out, layer.scaling[adapter]

@@ -4,18 +4,19 @@
 import torch
 
 from ... import _backends, _ops
+from .._shared_memory import fits
 from .reference import cholesky_qr_reference
 
 _backends.register_reference("cholesky_qr", cholesky_qr_reference)
 
-# Columns up to which a Gram matrix and its factor fit one CTA's shared memory.
 _MOST = 128
 
 
 def _cuda(X: torch.Tensor) -> torch.Tensor:
-    if X.shape[2] > _MOST:
-        return cholesky_qr_reference(X)
-    return torch.ops.lorax_kernels.cholesky_qr(X)
+    l = X.shape[2]
+    # The triangle, padded, and 32 rows of the block, in float64.
+    has_kernels = l <= _MOST and fits(8 * l * (l + -l % 32 + 32), X.device)
+    return (torch.ops.lorax_kernels.cholesky_qr if has_kernels else cholesky_qr_reference)(X)
 
 
 _backends.register(

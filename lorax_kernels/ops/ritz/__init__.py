@@ -4,6 +4,7 @@
 import torch
 
 from ... import _backends, _ops
+from .._shared_memory import fits
 from .reference import DEPENDENT as DEPENDENT
 from .reference import DONE as DONE
 from .reference import NOT_FINITE as NOT_FINITE
@@ -11,14 +12,16 @@ from .reference import ritz_reference
 
 _backends.register_reference("ritz", ritz_reference)
 
-# Columns up to which three float64 matrices of them fit one CTA's shared memory.
 _MOST = 64
 
 
 def _cuda(
     Q: torch.Tensor, B: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return (ritz_reference if Q.shape[2] > _MOST else torch.ops.lorax_kernels.ritz)(Q, B, k)
+    l = Q.shape[2]
+    # Three matrices and a few lines, in float64.
+    has_kernels = l <= _MOST and fits(8 * (l + 1) * (3 * l + 6) + 1024, Q.device)
+    return (torch.ops.lorax_kernels.ritz if has_kernels else ritz_reference)(Q, B, k)
 
 
 _backends.register(
