@@ -18,9 +18,9 @@ _MOST = 64
 def _cuda(
     Q: torch.Tensor, B: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    l = Q.shape[2]
-    # Three matrices and a few lines, in float64.
-    has_kernels = l <= _MOST and fits(8 * (l + 1) * (3 * l + 6) + 1024, Q.device)
+    n = Q.shape[2] + Q.shape[2] % 2
+    # Three matrices and three lines in float64, and the order of the eigenvalues.
+    has_kernels = n <= _MOST and fits(8 * n * (3 * n + 6) + 512, Q.device)
     return (torch.ops.lorax_kernels.ritz if has_kernels else ritz_reference)(Q, B, k)
 
 
