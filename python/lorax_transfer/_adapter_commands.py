@@ -13,7 +13,6 @@ from typer.core import TyperCommand
 from ._options import (
     HOW,
     WHERE,
-    Adapter,
     Backend,
     Cache,
     Device,
@@ -104,7 +103,10 @@ def add_commands(app: typer.Typer, session: Session, command_line: Callable[[], 
 
     @app.command()
     def resize(
-        adapter: Adapter,
+        adapter: Annotated[
+            str,
+            typer.Argument(metavar="ADAPTER", help="Directory of a PEFT LoRA.", show_default=False),
+        ],
         output: Output = None,
         rank: CutRank = None,
         energy: CutEnergy = None,
@@ -252,7 +254,9 @@ def add_commands(app: typer.Typer, session: Session, command_line: Callable[[], 
 def needs_output(output: Path | None, dry_run: bool) -> None:
     """End with the usage if there is nowhere to write to."""
     if output is None and not dry_run:
-        raise typer.BadParameter("is missing; only a --dry-run needs none.", param_hint="--output")
+        raise typer.BadParameter(
+            "none was given; only a --dry-run does without.", param_hint="--output"
+        )
 
 
 def _print(done: "Recompression", as_json: bool, quiet: bool) -> None:

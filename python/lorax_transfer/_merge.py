@@ -118,7 +118,7 @@ def _weights(adapters: Sequence[PathLike], weights: Sequence[float] | None) -> l
         return [1.0] * len(adapters)
     if len(weights) != len(adapters):
         raise TransferError(
-            f"{len(weights)} weights were given for {len(adapters)} adapters, expected one each."
+            f"weights are {list(weights)} for {len(adapters)} adapters, expected one each."
         )
     for weight in weights:
         if not math.isfinite(weight) or weight == 0:

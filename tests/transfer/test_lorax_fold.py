@@ -94,6 +94,8 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     other = lorax_makers.trained_copy(lorax_makers.MODELS["llama"](), 1e-6)
     pairs.save_model(other, tmp_path / "base")
     lorax_makers.saved("llama", tmp_path / "native")
+    with pytest.raises(AdapterError, match="absent does not exist"):
+        lorax_transfer.fold(tmp_path / "absent", tmp_path / "base", tmp_path / "lora")
     with pytest.raises(MatchError, match="not the weight that the core of"):
         lorax_transfer.fold(tmp_path / "native", tmp_path / "base", tmp_path / "lora")
     assert not (tmp_path / "lora").exists()

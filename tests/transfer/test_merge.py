@@ -205,7 +205,7 @@ def test_other_shapes_are_refused(two, tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"weights": [1.0]}, TransferError, "1 weights were given for 2"),
+        ({"weights": [1.0]}, TransferError, r"weights are \[1.0\] for 2 adapters"),
         ({"weights": [1.0, 0.0]}, TransferError, "other than 0"),
         ({"weights": [1.0, float("nan")]}, TransferError, "finite"),
         ({"rank": 0}, TransferError, "1 or more"),

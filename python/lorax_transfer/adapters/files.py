@@ -11,7 +11,13 @@ from safetensors import SafetensorError
 from lorax_transfer.adapters.adapter import FACTOR_DTYPES, Adapter
 from lorax_transfer.adapters.kinds import check_drop
 from lorax_transfer.adapters.lorax import NativeAdapter, is_lorax, write_lorax
-from lorax_transfer.adapters.peft import CONFIG_FILE, is_peft, read_peft, write_peft
+from lorax_transfer.adapters.peft import (
+    CONFIG_FILE,
+    check_directory,
+    is_peft,
+    read_peft,
+    write_peft,
+)
 from lorax_transfer.atomic import atomic_directory
 from lorax_transfer.errors import AdapterError, OutputError
 
@@ -48,16 +54,7 @@ def read_adapter(path: str | os.PathLike[str], *, drop: Collection[str] = ()) ->
     """
     kinds = check_drop(drop)
     directory = Path(path)
-    if not directory.exists():
-        raise AdapterError(
-            f"{directory} does not exist, expected a directory with {CONFIG_FILE} and "
-            "adapter_model.safetensors; check the path."
-        )
-    if not directory.is_dir():
-        raise AdapterError(
-            f"{directory} is a file, expected the directory that holds it and {CONFIG_FILE}; pass "
-            f"{directory.absolute().parent}."
-        )
+    check_directory(directory)
     if not is_peft(directory):
         nested = sorted(p.parent.name for p in directory.glob(f"*/{CONFIG_FILE}"))
         hint = f"pass one of its subdirectories {', '.join(nested)}" if nested else "check the path"

@@ -20,7 +20,13 @@ from lorax_transfer.adapters.lorax_form import (
     core_shape,
     dense_core,
 )
-from lorax_transfer.adapters.peft import CONFIG_FILE, read_config, read_tensors, write_files
+from lorax_transfer.adapters.peft import (
+    CONFIG_FILE,
+    check_directory,
+    read_config,
+    read_tensors,
+    write_files,
+)
 from lorax_transfer.errors import AdapterError
 
 PREFIX = "base_model.model."
@@ -146,6 +152,7 @@ def read_lorax(path: str | os.PathLike[str]) -> NativeAdapter:
         AdapterError: if it is missing, broken, of another kind, or of a later version.
     """
     directory = Path(path)
+    check_directory(directory)
     config = read_config(directory)
     _check_config(config, directory)
     tensors, metadata, content_hash = read_tensors(directory)

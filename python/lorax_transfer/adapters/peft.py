@@ -76,6 +76,20 @@ def read_peft(path: Path, drop: frozenset[str]) -> Adapter:
     )
 
 
+def check_directory(directory: Path) -> None:
+    """Raise AdapterError if there is no such directory."""
+    if not directory.exists():
+        raise AdapterError(
+            f"{directory} does not exist, expected a directory with {CONFIG_FILE} and "
+            f"{TENSOR_FILE}; check the path."
+        )
+    if not directory.is_dir():
+        raise AdapterError(
+            f"{directory} is a file, expected the directory that holds it and {CONFIG_FILE}; pass "
+            f"{directory.absolute().parent}."
+        )
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The configuration in an adapter's directory; AdapterError if it is missing or broken."""
     file = path / CONFIG_FILE
