@@ -11,8 +11,8 @@ by random signs on both sides, which changes no singular value.
 Peers (svd_peers.py) run on one matrix of each shape and are scaled to the model by count. Those of
 cuSOLVER, called past torch, come after everything else, so that a crash in them costs no row; rows
 are saved as they are made. Errors are `||V V^T - P||_F / ||P||_F` against the eigenvectors of the
-float64 Gram matrix. The floor is the time of the products actually made, at the bandwidth and
-matrix rate measured in the same run.
+float64 Gram matrix. The floor is the time of the products actually made (svd_products.py), at the
+bandwidth and matrix rate measured in the same run.
 """
 
 import argparse
@@ -25,8 +25,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.kernels.svd_judge import DEVICE, exact_basis, projector_error, short_side, timed
+from benchmarks.kernels.svd_judge import (
+    DEVICE,
+    exact_basis,
+    failed,
+    projector_error,
+    short_side,
+    timed,
+)
 from benchmarks.kernels.svd_peers import LIBRARIES, measure
+from benchmarks.kernels.svd_products import counted
 from benchmarks.record import save
 from lorax_kernels import truncated_svd
 from lorax_kernels.testing import matrix
@@ -74,15 +82,6 @@ def model(shapes, spectrum, rank, generator):
     return weights
 
 
-def floor_ms(weights, results, width, ceiling):
-    """Time of the products made, each the slower of its arithmetic and its reading of W."""
-    total = 0.0
-    for W, svd in zip(weights, results, strict=True):
-        flops, size = 2 * W.numel() * width, 2 * W.numel()
-        total += svd.passes * max(flops / ceiling["bf16_flops"], size / ceiling["bytes_per_s"])
-    return total * 1e3
-
-
 def ours(shapes, spectrum, rank, backend, repeats, ceiling, generator):
     from lorax_kernels._planning import plan
 
@@ -94,6 +93,8 @@ def ours(shapes, spectrum, rank, backend, repeats, ceiling, generator):
     # Plain torch compiles nothing, so one matrix of every shape warms it.
     call(list({W.shape: W for W in weights}.values()) if backend == "reference" else weights)
     ms, results = timed(call, repeats)
+    with counted(ceiling) as products:
+        call()
     errors, seen = [], set()
     for W, svd in zip(weights, results, strict=True):
         if W.shape not in seen:
@@ -102,7 +103,7 @@ def ours(shapes, spectrum, rank, backend, repeats, ceiling, generator):
             errors.append(projector_error(short_side((svd.U, svd.S, svd.V), W), basis))
     m, n = weights[0].shape
     width = plan(m, n, rank, None, DEVICE, torch.bfloat16).width
-    floor = floor_ms(weights, results, width, ceiling)
+    floor = products.seconds * 1e3
     row = {
         "method": "lorax_kernels" if backend == "auto" else f"lorax_kernels[{backend}]",
         "ms": ms,
@@ -112,6 +113,8 @@ def ours(shapes, spectrum, rank, backend, repeats, ceiling, generator):
         "mean_passes": statistics.fmean(svd.passes for svd in results),
         "exact_path": sum(svd.path == "exact" for svd in results),
         "width": width,
+        "tflop": products.flops / 1e12,
+        "gbyte": products.size / 1e9,
         "floor_ms": floor,
         "share_of_floor": floor / ms,
     }
@@ -188,7 +191,15 @@ def main():
         case, spectrum, rank = setting
         for backend in sorted(arguments.backend, key="auto".__ne__):
             repeats = arguments.repeats if backend == "auto" else 1
-            row, weights = ours(CASES[case], spectrum, rank, backend, repeats, ceiling, generator)
+            try:
+                row, weights = ours(
+                    CASES[case], spectrum, rank, backend, repeats, ceiling, generator
+                )
+            except Exception as problem:  # the peers are still wanted
+                if backend == "auto":
+                    raise
+                keep(setting, failed(f"lorax_kernels[{backend}]", problem))
+                continue
             keep(setting, row)
             if backend == "auto":
                 autos[setting] = row

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a truncated SVD multiplies: counted while it runs, for the floor of its time."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock
+from unittest import mock
+
+import torch
+
+from lorax_kernels import _operator, ops
+
+
+@dataclass
+class Products:
+    """Products with weights and Gram matrices made so far, those that form a Gram matrix too.
+
+    Attributes:
+        flops: two a multiply-add; a block in two pieces counts twice.
+        size: bytes of weights read once a product, of blocks read and of results written.
+        seconds: each product the slower of its arithmetic and its bytes.
+    """
+
+    ceiling: dict
+    flops: float = 0.0
+    size: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, flops, size):
+        with lock:
+            self.flops += flops
+            self.size += size
+            self.seconds += max(
+                flops / self.ceiling["bf16_flops"], size / self.ceiling["bytes_per_s"]
+            )
+
+
+lock = Lock()  # batches run side by side
+
+
+def nbytes(*tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@contextmanager
+def counted(ceiling):
+    """Counts what `lorax_kernels` multiplies inside the block, at measured ceilings."""
+    found = Products(ceiling)
+    thin_matmul, gram = ops.thin_matmul, _operator.Stack.gram
+
+    def count_thin(W, X, *, transpose=False, pieces=2, backend="auto"):
+        C = thin_matmul(W, X, transpose=transpose, pieces=pieces, backend=backend)
+        found.add(2 * W.numel() * X.shape[2] * pieces, nbytes(W, X, C))
+        return C
+
+    def count_gram(tall, halves, backend):
+        G = gram(tall, halves, backend)
+        found.add(2 * tall.numel() * tall.shape[2], nbytes(tall, *G.parts))
+        return G
+
+    with (
+        mock.patch.object(ops, "thin_matmul", count_thin),
+        mock.patch.object(_operator.Stack, "gram", staticmethod(count_gram)),
+    ):
+        yield found
+    torch.cuda.synchronize()
