@@ -35,5 +35,10 @@ def projector_error(V, P):
     return float(((squared + k) / k).clamp_min(0).sqrt())
 
 
+def failed(method, problem, where=""):
+    """The row of what could not be timed."""
+    return {"method": method, "failed": where + (str(problem) or repr(problem)).splitlines()[0]}
+
+
 def short_side(svd, W):
     return svd[0] if W.shape[0] < W.shape[1] else svd[2]

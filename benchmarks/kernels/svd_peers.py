@@ -13,7 +13,14 @@ import math
 import torch
 
 from benchmarks.kernels.cusolver_peers import Cusolver
-from benchmarks.kernels.svd_judge import DEVICE, exact_basis, projector_error, short_side, timed
+from benchmarks.kernels.svd_judge import (
+    DEVICE,
+    exact_basis,
+    failed,
+    projector_error,
+    short_side,
+    timed,
+)
 from lorax_kernels.testing import matrix
 
 
@@ -107,8 +114,7 @@ def measure(name, shapes, spectrum, rank, target, budget_ms):
             else:
                 ms, error, passes = driven(name, spectrum, m, n, rank, target, budget_ms)
         except Exception as problem:  # whatever it is, the other rows are still wanted
-            reason = (str(problem) or repr(problem)).splitlines()[0]
-            return {"method": name, "failed": f"{m} x {n}: {reason}"}
+            return failed(name, problem, f"{m} x {n}: ")
         row["ms"] += count * ms
         row["projector_error"] = max(row["projector_error"], error)
         row["passes"] = max(row["passes"], passes)
