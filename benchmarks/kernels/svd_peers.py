@@ -97,8 +97,6 @@ def driven(name, spectrum, m, n, rank, target, budget_ms):
         if not error < 0.9 * before:
             width *= 2
         before = error
-    if best[1] == math.inf:
-        raise RuntimeError("results are not finite")
     return best
 
 
@@ -113,6 +111,8 @@ def measure(name, shapes, spectrum, rank, target, budget_ms):
                 passes = 0
             else:
                 ms, error, passes = driven(name, spectrum, m, n, rank, target, budget_ms)
+            if not math.isfinite(error):
+                raise RuntimeError("results are not finite")
         except Exception as problem:  # whatever it is, the other rows are still wanted
             return failed(name, problem, f"{m} x {n}: ")
         row["ms"] += count * ms
