@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.quality import lm_shapes, sizes_data, sizes_maps, sizes_pack, sizes_report
-from benchmarks.quality.lm_data import ANSWER, LENGTH
+from benchmarks.quality.lm_data import ANSWER, LENGTH, Examples
 from benchmarks.quality.lm_lab import FULL, REDUCED, Lab
 from benchmarks.quality.lm_methods import Pair
 from benchmarks.quality.lm_train import clock
@@ -114,8 +114,11 @@ class Sizes:
         """Add a row; answers are written as well where a table has a place for them."""
         made = row["method"] in ("none", "trained") or row["method"].startswith("followed")
         row = self.lab.score(label, TASK, factors, generate=made, skill=False, **row)
+        found = self.lab.examples(TASK, "test")
+        words = Examples([tokens[:-1] for tokens in found.tokens], found.starts)
+        row["words_nll"] = self.lab.evaluator(label).answer_loss(words, LENGTH[TASK])
         text = " ".join(f"{key}={row[key]}" for key in ("source", "seed") if key in row)
-        self.lab.log(f"{label} {row['method']} {text}: {row['nll']:.4f} ({row['score_s']} s)")
+        self.lab.log(f"{label} {row['method']} {text}: {row['nll']:.4f}, {row['words_nll']:.4f}")
 
     def weight_maps(self):
         """Maps from weights alone, for both directions: source -> name -> maps."""
@@ -211,10 +214,10 @@ class Sizes:
             taken = round(1e3 * (clock() - started), 1)
             self.score(target, factors, method=name, transfer_ms=taken, **made)
         examples = lab.examples(TASK, "test")
-        nll = sizes_maps.proxy_loss(both, self.adapters[source][i], examples, LENGTH[TASK])
-        row = {"target": target, "task": TASK, "split": "test", "nll": nll}
+        found = sizes_maps.proxy_loss(both, self.adapters[source][i], examples, LENGTH[TASK])
+        row = {"target": target, "task": TASK, "split": "test"} | found
         lab.rows.append(row | made | {"method": "logits added (control)"})
-        lab.log(f"{target} logits added: {nll:.4f}")
+        lab.log(f"{target} logits added: {found}")
 
 
 def _scaled(scale, factors):

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 import lorax_kernels as lk
 
 from . import lm_shapes
-from .lm_data import Examples
+from .lm_data import END, Examples
 from .lm_model import ATTENTION, EMBEDDING, FINAL_NORM, MLP, Rotary, Shape, causal, head
 from .lm_model import hidden_states as run
 from .lm_train import answer_batches
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the ridge
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the ridge
 
 
 def depth(j, count, other):
@@ -329,12 +329,16 @@ def maps_of_both_tables(source, target, maps):
 
 @torch.no_grad()
 def proxy_loss(both, adapter, examples, length, chunk=100):
-    """Loss of the target with the source's change of its logits added: three models, a control.
+    """Losses of the target with the source's change of its logits added: three models, a control.
+
+    Of all of the answers, and of their words, without the end mark.
 
     Proxy tuning (Liu et al., COLM 2024, arXiv 2401.08565): what the source knows of the task, with
     no update of the target at all.
     """
-    total, count, device = 0.0, 0, both.text.ids.device
+    device = both.text.ids.device
+    sums = {"nll": 0.0, "words_nll": 0.0}
+    counts = dict.fromkeys(sums, 0.0)
     for first in range(0, len(examples), chunk):
         part = Examples(
             examples.tokens[first : first + chunk], examples.starts[first : first + chunk]
@@ -352,6 +356,8 @@ def proxy_loss(both, adapter, examples, length, chunk=100):
             )
             asked = states.reshape(-1, shape.hidden).index_select(0, where)
             logits = logits + sign * F.linear(asked, head(weights)).float().log_softmax(1)
-        losses = F.cross_entropy(logits, label, reduction="none") * real
-        total, count = total + losses.sum().item(), count + real.sum().item()
-    return total / count
+        losses = F.cross_entropy(logits, label, reduction="none")
+        for name, weight in (("nll", real), ("words_nll", real * (label != END))):
+            sums[name] += (losses * weight).sum().item()
+            counts[name] += weight.sum().item()
+    return {name: total / counts[name] for name, total in sums.items()}

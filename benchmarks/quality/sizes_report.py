@@ -5,14 +5,16 @@ import json
 import statistics
 from pathlib import Path
 
-from .lm_report import BEGIN, END, _spread, score, select
+from .lm_report import _spread, score, select
+
+BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 
 
-def lifts(rows, row):
+def lift(rows, row, score="nll"):
     """Percent of the target's own adapters' lift that a row keeps."""
-    none = select(rows, target=row["target"], method="none")[0]["nll"]
-    trained = [r["nll"] for r in select(rows, target=row["target"], method="trained")]
-    return 100 * (none - row["nll"]) / (none - statistics.mean(trained))
+    none = select(rows, target=row["target"], method="none")[0][score]
+    trained = [r[score] for r in select(rows, target=row["target"], method="trained")]
+    return 100 * (none - row[score]) / (none - statistics.mean(trained))
 
 
 def table(rows, source, target):
@@ -23,17 +25,20 @@ def table(rows, source, target):
             moved.setdefault(row["method"], []).append(row)
     order = sorted(moved, key=lambda m: statistics.mean(r["nll"] for r in moved[m]))
     ends = {m: select(rows, target=target, method=m) for m in ("none", "trained")}
-    lines = ["| method | NLL | lift kept, % | BLEU | ms |", "|---|---|---|---|---|"]
+    lines = [
+        "| method | NLL | lift kept, % | NLL of words | lift kept, % | BLEU | ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for method in ("none", *order, "trained"):
         found = ends.get(method) or moved[method]
         times = [r["transfer_ms"] for r in found if "transfer_ms" in r]
-        cells = [
-            f"*{method}*" if method in ends or "control" in method else method,
-            _spread([r["nll"] for r in found], 3),
-            "" if method == "none" else _spread([lifts(rows, r) for r in found], 0),
-            _spread([r["bleu"] for r in found if "bleu" in r], 1),
-            f"{statistics.median(times):.0f}" if times else "",
-        ]
+        cells = [f"*{method}*" if method in ends or "control" in method else method]
+        for key in ("nll", "words_nll"):
+            cells.append(_spread([r[key] for r in found], 3))
+            kept = [] if method == "none" else [lift(rows, r, key) for r in found]
+            cells.append(_spread(kept, 0))
+        cells.append(_spread([r["bleu"] for r in found if "bleu" in r], 1))
+        cells.append(f"{statistics.median(times):.0f}" if times else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -170,7 +170,9 @@ def test_adding_logits_of_one_and_the_same_model_is_that_model(pair, ids, adapte
     with torch.no_grad():
         own = logits(pair.source, ids, adapter.factors)[:, 5:-1]
     want = F.cross_entropy(own.flatten(0, 1), ids[:, 6:].flatten())
-    assert found == pytest.approx(float(want), rel=1e-5)
+    assert found["nll"] == pytest.approx(float(want), rel=1e-5)
+    # No token of these texts is the end mark.
+    assert found["words_nll"] == pytest.approx(found["nll"])
 
 
 def test_weights_come_back_rounded_from_parts(pair, tmp_path):
@@ -215,7 +217,7 @@ def test_everything_is_measured(tmp_path, monkeypatch):
     rows = json.loads(output.read_text())["rows"]
     for source, target in (("small", "large"), ("large", "small")):
         kept = {
-            row["method"]: report.lifts(rows, row)
+            row["method"]: report.lift(rows, row)
             for row in rows
             if row["target"] == target and row.get("source") == source
         }
@@ -224,6 +226,8 @@ def test_everything_is_measured(tmp_path, monkeypatch):
             assert kept[method] > 80, kept
         assert kept["logits added (control)"] > 80
         assert kept["padded (control)"] < 40
+    for row in rows:
+        assert row["words_nll"] != row["nll"]
     sizes.main(["report", "--input", str(output), "--document", str(document)])
     text = document.read_text()
     assert text.startswith("before")
