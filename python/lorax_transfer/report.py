@@ -180,8 +180,8 @@ class Model:
         location: path or hub id.
         revision: commit of a hub snapshot, or None.
         format: "safetensors", "gguf" or "peft".
-        content_hash: hash of the files; None for a base model that was not hashed (a scan or a dry
-            run reads the adapter's layers only).
+        content_hash: hash of the files; None for a base model that was not hashed (in a scan or a
+            dry run).
         rule: how the adapter's modules were found in it; empty for the adapter itself.
     """
 
