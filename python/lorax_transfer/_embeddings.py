@@ -91,7 +91,7 @@ def find_tables(plan: Plan, source: Checkpoint, target: Checkpoint) -> list[Tabl
         embeddings' tensors.
     """
     names = _Names(plan, source)
-    tied = tied_tensor(target)
+    tied = _tied(target)
     adapted = {layer.module: layer.target_tensor for layer in plan.layers}
     # An adapter may be on the output layer of tied weights and leave the embeddings alone.
     known = {tensor for module, tensor in adapted.items() if _leaf(module) not in HEADS}
@@ -101,7 +101,7 @@ def find_tables(plan: Plan, source: Checkpoint, target: Checkpoint) -> list[Tabl
         if name.endswith(EMBEDDINGS) and name not in known and old is not None:
             tables.append(Table(module, old, name, False))
         elif _is_output(name) and module not in adapted and tied is None:
-            old = old or tied_tensor(source)
+            old = old or _tied(source)
             if old is not None:
                 tables.append(Table(module, old, name, True))
     for table in [x for x in tables if x.target_tensor == tied]:
@@ -216,6 +216,21 @@ def _energies(source: torch.Tensor, target: torch.Tensor) -> tuple[float, float]
         moved += float((after.double() - before.double()).square().sum())
         size += float(before.double().square().sum())
     return moved, size
+
+
+def _tied(checkpoint: Checkpoint) -> str | None:
+    """The embeddings that are the output layer too.
+
+    Where no configuration says so or denies it, a checkpoint without an output layer has to tie
+    it; whether the model has one, the adapter's paths tell (`_output_of`).
+    """
+    config = checkpoint.config()
+    parts = [config, config.get("text_config") or {}]
+    names = checkpoint.names()
+    if any("tie_word_embeddings" in part for part in parts) or any(map(_is_output, names)):
+        return tied_tensor(checkpoint)
+    found = [name for name in names if name.endswith(EMBEDDINGS)]
+    return found[0] if len(found) == 1 else None
 
 
 def _leaf(name: str) -> str:

@@ -240,6 +240,25 @@ def test_what_cannot_be_given_back_is_refused(tmp_path, case):
     assert not (tmp_path / "moved").exists()
 
 
+@pytest.mark.parametrize("says", [None, False], ids=["not said", "denied"])
+def test_a_missing_output_layer_is_tied_unless_that_is_denied(tmp_path, says):
+    """A lone file of a tied model has no configuration, and that of older ones is mute."""
+    pair = pair_of(tmp_path, "llama", True)
+    for place in (pair.source, pair.target):
+        config = json.loads((place / "config.json").read_text())
+        config.pop("tie_word_embeddings")
+        if says is not None:
+            config["tie_word_embeddings"] = says
+        (place / "config.json").write_text(json.dumps(config))
+    found = lorax_transfer.scan(pair.adapter, pair.source, pair.target).embeddings
+    expected = ["model.embed_tokens", "lm_head"] if says is None else ["model.embed_tokens"]
+    assert [x.module for x in found] == expected
+    if says is None:
+        files = [place / "model.safetensors" for place in (pair.source, pair.target)]
+        alone = lorax_transfer.scan(pair.adapter, *files).embeddings
+        assert [x.module for x in alone] == expected
+
+
 def test_names_with_another_start_are_found(tmp_path):
     """A text model inside of a larger one, as the target; its adapter is the text model's."""
     pair = pair_of(tmp_path, "llama", True)
