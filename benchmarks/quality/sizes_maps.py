@@ -22,7 +22,7 @@ from .lm_model import ATTENTION, EMBEDDING, FINAL_NORM, MLP, Rotary, Shape, caus
 from .lm_model import hidden_states as run
 from .lm_train import answer_batches
 
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the ridge
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the ridge
 
 
 def depth(j, count, other):
