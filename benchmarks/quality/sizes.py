@@ -197,10 +197,16 @@ class Sizes:
             methods[f"{own}, writers"] = lambda i, moved=moved: {
                 n: f for n, f in moved[i].items() if n.endswith(("o_proj", "down_proj"))
             }
-            methods[f"followed, {name}"] = lambda i, both=both: sizes_maps.followed(
-                both, adapters[i], rank=16
-            )
+            for to_logits, label in ((False, "followed"), (True, "followed to logits")):
+                methods[f"{label}, {name}"] = partial(
+                    self.followed, adapters, both, to_logits=to_logits
+                )
         return methods, reads["own text"]
+
+    @staticmethod
+    def followed(adapters, both, i, **options):
+        """One seed's adapter by `sizes_maps.followed`."""
+        return sizes_maps.followed(both, adapters[i], rank=16, **options)
 
     def move(self, source, target, i, seed, methods, both):
         """Move one seed's adapter by every method and score it."""

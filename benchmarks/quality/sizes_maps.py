@@ -247,13 +247,34 @@ def fitted(both, adapters, *, parts=(*ATTENTION, *MLP)):
     return out, chosen
 
 
+def _final(shape, weights, stream):
+    """The final norm of a float32 stream."""
+    return F.rms_norm(stream, (shape.hidden,), weights[FINAL_NORM].float(), shape.eps)
+
+
+def logit_map(both):
+    """`(d_t, d_s)`: the final states of the target whose logits are closest to those of a source's.
+
+    Least squares over the vocabulary, with what all logits share left out. No text is needed.
+    """
+    tables = []
+    for weights in (both.old, both.new):
+        U = head(weights).double()
+        tables.append(U - U.mean(0))
+    old, new = tables
+    gram = new.mT @ new
+    gram.diagonal().add_(1e-6 * gram.diagonal().mean())
+    return torch.cholesky_solve(new.mT @ old, torch.linalg.cholesky(gram)).float()
+
+
 @torch.no_grad()
-def followed(both, adapter, *, rank):
+def followed(both, adapter, *, rank, to_logits=False):
     """What the adapter does to the source's stream, made by the target's own MLPs.
 
     Behind each layer the change of the source's stream is carried over by a map of the streams; the
     update of the layer's `down_proj` is the one of this rank that best adds what is still missing,
-    after all that the layers below have made of their updates.
+    after all that the layers below have made of their updates. With `to_logits` the last layer is
+    to change the logits as the source's were changed, instead of the stream.
     """
     text, out, state = both.text, {}, {}
     before = text.streams(both.source, both.old)
@@ -263,6 +284,11 @@ def followed(both, adapter, *, rank):
     for j, (stream, across) in enumerate(zip(base, _stream_maps(both, before, base), strict=True)):
         i = both.opposite(j)
         goals.append(stream + across.carry((after[i] - before[i]).mT).mT)
+    if to_logits:
+        states = (_final(both.source, both.old, x[-1]) for x in (after, before))
+        change = (next(states) - next(states)) @ logit_map(both).mT
+        wanted = _final(both.target, both.new, base[-1]) + change
+        wanted = wanted / both.new[FINAL_NORM].float()
     del before, after, base
     plain = linear_of(both.new)
 
@@ -271,7 +297,12 @@ def followed(both, adapter, *, rank):
         if name.endswith("o_proj"):
             state["middle"] = state["stream"] + y
         if name.endswith("down_proj"):
-            missing = goals[lm_shapes._split(name)[0]] - text.pick(state["middle"] + y)
+            j, now = lm_shapes._split(name)[0], text.pick(state["middle"] + y)
+            goal = goals[j]
+            if to_logits and j == both.target.layers - 1:
+                # The norm that follows makes any scale the same.
+                goal = wanted * now.square().mean(1, keepdim=True).sqrt()
+            missing = goal - now
             B, A = out[name] = Ridge(text.pick(x), missing).low_rank(rank)
             y = y + (x @ A.mT.to(x.dtype)) @ B.mT.to(x.dtype)
         return y
