@@ -111,6 +111,20 @@ def test_maps_from_a_text_carry_an_adapter_to_a_larger_twin(pair, ids, adapter, 
     assert share_kept(pair, ids, adapter, sizes_maps.padded(pair, adapter)) < 0.1
 
 
+def test_output_matrices_tell_which_states_have_which_logits(pair):
+    """The larger model's states are the smaller's in other coordinates: so much must be found."""
+    text = sizes_maps.Text(torch.zeros(1, 2, dtype=torch.long))
+    back = lm_methods.Pair(pair.target, pair.source)
+    both = sizes_maps.reading(back, text, torch.float32)
+    states = torch.randn(20, SMALL.hidden, generator=torch.Generator().manual_seed(0))
+    U_s, U_t = head(pair.target.weights), head(pair.source.weights)
+    wide = torch.linalg.lstsq(U_s, U_t @ states.T).solution
+    found = sizes_maps.logit_map(both) @ wide
+    # The ridge, and logits up to what all tokens share.
+    difference = U_t @ (found - states.T)
+    assert (difference - difference.mean(0)).abs().max() < 1e-3
+
+
 @pytest.mark.parametrize(("rows", "n"), [(40, 9), (9, 40)], ids=["primal", "dual"])
 def test_ridge_is_its_definition(rows, n):
     g = torch.Generator().manual_seed(0)
@@ -222,7 +236,7 @@ def test_everything_is_measured(tmp_path, monkeypatch):
             if row["target"] == target and row.get("source") == source
         }
         # The models compute the same: what carries an adapter over keeps nearly all of it.
-        for method in ("aligned", "fitted, own text", "followed, own text"):
+        for method in ("aligned", "fitted, own text", "followed to logits, own text"):
             assert kept[method] > 80, kept
         assert kept["logits added (control)"] > 80
         assert kept["padded (control)"] < 40
