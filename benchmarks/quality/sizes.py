@@ -68,7 +68,7 @@ class Sizes:
     def __init__(self, lab, size):
         self.lab, self.size = lab, size
         self.dtype = torch.bfloat16 if lab.device.type == "cuda" else torch.float32
-        self.adapters, self.forms = {}, {}
+        self.adapters, self.forms, self.found = {}, {}, None
 
     def run(self):
         """Everything, in an order in which a run that is cut short has the most."""
@@ -197,16 +197,15 @@ class Sizes:
             methods[f"{own}, writers"] = lambda i, moved=moved: {
                 n: f for n, f in moved[i].items() if n.endswith(("o_proj", "down_proj"))
             }
-            for to_logits, label in ((False, "followed"), (True, "followed to logits")):
-                methods[f"{label}, {name}"] = partial(
-                    self.followed, adapters, both, to_logits=to_logits
-                )
+            for which, label in enumerate(("followed", "followed to logits")):
+                methods[f"{label}, {name}"] = partial(self.followed, adapters, both, which)
         return methods, reads["own text"]
 
-    @staticmethod
-    def followed(adapters, both, i, **options):
-        """One seed's adapter by `sizes_maps.followed`."""
-        return sizes_maps.followed(both, adapters[i], rank=16, **options)
+    def followed(self, adapters, both, which, i):
+        """One seed's adapter by `sizes_maps.followed`; both outcomes are found in one go."""
+        if which == 0:
+            self.found = sizes_maps.followed(both, adapters[i], rank=16)
+        return self.found[which]
 
     def move(self, source, target, i, seed, methods, both):
         """Move one seed's adapter by every method and score it."""

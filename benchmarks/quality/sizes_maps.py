@@ -268,15 +268,16 @@ def logit_map(both):
 
 
 @torch.no_grad()
-def followed(both, adapter, *, rank, to_logits=False):
+def followed(both, adapter, *, rank):
     """What the adapter does to the source's stream, made by the target's own MLPs.
 
     Behind each layer the change of the source's stream is carried over by a map of the streams; the
     update of the layer's `down_proj` is the one of this rank that best adds what is still missing,
-    after all that the layers below have made of their updates. With `to_logits` the last layer is
-    to change the logits as the source's were changed, instead of the stream.
+    after all that the layers below have made of their updates. Two sets of factors come back: in
+    the second the last layer is to change the logits as the source's were changed, instead of the
+    stream.
     """
-    text, out, state = both.text, {}, {}
+    text, out, last, state = both.text, {}, {}, {}
     before = text.streams(both.source, both.old)
     after = text.streams(both.source, both.old, adapter.factors)
     base = text.streams(both.target, both.new)
@@ -284,11 +285,10 @@ def followed(both, adapter, *, rank, to_logits=False):
     for j, (stream, across) in enumerate(zip(base, _stream_maps(both, before, base), strict=True)):
         i = both.opposite(j)
         goals.append(stream + across.carry((after[i] - before[i]).mT).mT)
-    if to_logits:
-        states = (_final(both.source, both.old, x[-1]) for x in (after, before))
-        change = (next(states) - next(states)) @ logit_map(both).mT
-        wanted = _final(both.target, both.new, base[-1]) + change
-        wanted = wanted / both.new[FINAL_NORM].float()
+    states = (_final(both.source, both.old, x[-1]) for x in (after, before))
+    change = (next(states) - next(states)) @ logit_map(both).mT
+    wanted = _final(both.target, both.new, base[-1]) + change
+    wanted = wanted / both.new[FINAL_NORM].float()
     del before, after, base
     plain = linear_of(both.new)
 
@@ -298,12 +298,11 @@ def followed(both, adapter, *, rank, to_logits=False):
             state["middle"] = state["stream"] + y
         if name.endswith("down_proj"):
             j, now = lm_shapes._split(name)[0], text.pick(state["middle"] + y)
-            goal = goals[j]
-            if to_logits and j == both.target.layers - 1:
+            if j == both.target.layers - 1:
                 # The norm that follows makes any scale the same.
                 goal = wanted * now.square().mean(1, keepdim=True).sqrt()
-            missing = goal - now
-            B, A = out[name] = Ridge(text.pick(x), missing).low_rank(rank)
+                last[name] = Ridge(text.pick(x), goal - now).low_rank(rank)
+            B, A = out[name] = Ridge(text.pick(x), goals[j] - now).low_rank(rank)
             y = y + (x @ A.mT.to(x.dtype)) @ B.mT.to(x.dtype)
         return y
 
@@ -313,7 +312,7 @@ def followed(both, adapter, *, rank, to_logits=False):
 
     state["stream"] = both.new[EMBEDDING][text.ids]
     run(both.target, both.new, text.ids, linear, text._attend(both.target, both.new), watch)
-    return out
+    return out, out | last
 
 
 def padded(pair, adapter):

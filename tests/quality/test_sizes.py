@@ -15,6 +15,8 @@ from benchmarks.quality.lm_adapters import Adapter
 from benchmarks.quality.lm_model import Rotary, base_linear, causal, head, hidden_states
 from benchmarks.quality.sizes_reduced import LARGE, SMALL, larger, random_qwen
 
+LAST = f"model.layers.{SMALL.layers}.mlp.down_proj"
+
 
 @pytest.fixture(scope="module")
 def pair():
@@ -106,7 +108,9 @@ def test_maps_from_a_text_carry_an_adapter_to_a_larger_twin(pair, ids, adapter, 
             # Two columns of one product: sums in another order.
             torch.testing.assert_close(B @ A, again[name][0] @ again[name][1])
     else:
-        moved = sizes_maps.followed(both, adapter, rank=48)
+        moved, to_logits = sizes_maps.followed(both, adapter, rank=48)
+        assert share_kept(pair, ids, adapter, to_logits) > least
+        assert [n for n in moved if moved[n] is not to_logits[n]] == [LAST]
     assert share_kept(pair, ids, adapter, moved) > least
     assert share_kept(pair, ids, adapter, sizes_maps.padded(pair, adapter)) < 0.1
 
