@@ -288,7 +288,10 @@ def followed(both, adapter, *, rank):
     states = (_final(both.source, both.old, x[-1]) for x in (after, before))
     change = (next(states) - next(states)) @ logit_map(both).mT
     wanted = _final(both.target, both.new, base[-1]) + change
-    wanted = wanted / both.new[FINAL_NORM].float()
+    gain = both.new[FINAL_NORM].float()
+    floor = 0.05 * gain.square().mean().sqrt()
+    gain = torch.where(gain.abs() < floor, torch.where(gain < 0, -floor, floor), gain)
+    wanted = wanted / gain
     del before, after, base
     plain = linear_of(both.new)
 
@@ -301,7 +304,9 @@ def followed(both, adapter, *, rank):
             if j == both.target.layers - 1:
                 # The norm that follows makes any scale the same.
                 goal = wanted * now.square().mean(1, keepdim=True).sqrt()
-                last[name] = Ridge(text.pick(x), goal - now).low_rank(rank)
+                # Errors count as they do behind the norm.
+                B, A = Ridge(text.pick(x), (goal - now) * gain).low_rank(rank)
+                last[name] = B / gain[:, None], A
             B, A = out[name] = Ridge(text.pick(x), goals[j] - now).low_rank(rank)
             y = y + (x @ A.mT.to(x.dtype)) @ B.mT.to(x.dtype)
         return y
