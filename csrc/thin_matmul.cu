@@ -22,7 +22,7 @@ namespace {
 
 // Up to this many columns the pieces go side by side into one product, which reads the weights once
 // and is summed afterwards; beyond, one product a piece adds into the result.
-constexpr int64_t kSideBySideColumns = 256;
+constexpr int64_t kSideBySideColumns = 384;
 
 // The pieces of float32 weights live in scratch memory of about this size, a few matrices at a
 // time.

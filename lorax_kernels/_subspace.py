@@ -40,8 +40,9 @@ _GROWTH_CAP_ROUNDED = 1e4
 # at the eigenvalues outside.
 _AIM = 0.5
 _ENOUGH = 0.65
-# Within this factor of what rounding of the block leaves, the block is taken in two pieces.
-_NEAR_FLOOR = 4
+# On a GPU a batch goes on as a whole while at least this share of it is not done: to leave the rest
+# out means to copy the weights, which costs as much as two products and needs memory.
+_STAYS_WHOLE = 0.25
 # Cycles that start with a glance; a warm start is past them.
 _GLANCES = 3
 # Products that must be left for a glance to be followed by a look that judges.
@@ -171,8 +172,7 @@ def _next_cycle(A: Operator, ritz: _Ritz, k: int, tol: float) -> _Cycle:
     rate = torch.acosh((2 * last / first_beyond - 1).clamp_min(1 + 1e-9))
     floor = A.rounding * last / (last - first_beyond).clamp_min(1e-9 * last + 1e-300)
     aim = torch.full_like(floor, _AIM * tol)
-    turn = torch.where(ritz.planned < _NEAR_FLOOR * floor, ritz.planned, floor)
-    turn = torch.maximum(turn, aim)
+    turn = torch.maximum(torch.minimum(ritz.planned, floor), aim)
     total = torch.acosh((ritz.planned / aim).clamp_min(1)) / rate
     fine = (torch.acosh(turn / aim) / rate).ceil().clamp_max(_DEGREES[-1])
     degrees = torch.stack([_listed(total), fine.long()])
@@ -180,9 +180,12 @@ def _next_cycle(A: Operator, ritz: _Ritz, k: int, tol: float) -> _Cycle:
     enough = _AIM if ritz.Y is None else _ENOUGH
     degrees = torch.where(ritz.error <= enough * tol, 0, degrees).cpu()
     if A.on_gpu:
-        # One batch: products cost little there, and small eigenproblems the same for a few
+        # One degree: products cost little there, and small eigenproblems the same for a few
         # matrices as for many.
-        degrees = torch.where(degrees[0] > 0, degrees.amax(1, keepdim=True), 0)
+        goes_on = degrees[0] > 0
+        if goes_on.float().mean() > _STAYS_WHOLE:
+            goes_on = torch.ones_like(goes_on)
+        degrees = torch.where(goes_on, degrees.amax(1, keepdim=True), 0)
     total, fine = degrees
     fine = torch.minimum(fine, total)
     return _Cycle(total - fine, fine)
