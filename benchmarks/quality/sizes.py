@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.quality import lm_shapes, sizes_data, sizes_maps, sizes_pack, sizes_report
-from benchmarks.quality.lm_data import ANSWER, LENGTH, Examples
+from benchmarks.quality.lm_data import ANSWER, END, LENGTH, Examples
 from benchmarks.quality.lm_lab import FULL, REDUCED, Lab
 from benchmarks.quality.lm_methods import Pair
 from benchmarks.quality.lm_train import clock
@@ -146,7 +146,9 @@ class Sizes:
         # The first word of every prompt, which is always the same.
         first = torch.from_numpy(train.tokens[0][:2])[None].expand(rows, 2).to(lab.device)
         started = clock()
-        own = sizes_maps.Text(write(first, length))
+        ids = write(first, length)
+        ends = ids == END
+        own = sizes_maps.Text(ids, (ends.cumsum(1) - ends.long()) == 0)  # nothing behind an end
         chosen = train.take(rows)
         evaluator = lab.evaluator(label)
         evaluator.load(model.weights, adapter.factors)
@@ -155,7 +157,8 @@ class Sizes:
         ids = np.zeros((rows, LENGTH[TASK] + 1), dtype=np.int64)
         keep = np.zeros(ids.shape, dtype=bool)
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            whole = np.concatenate([prompt, answer, [2]])[: ids.shape[1]]
+            end = [END] if len(answer) < ANSWER[TASK] else []  # an answer may have been cut
+            whole = np.concatenate([prompt, answer, end])[: ids.shape[1]].astype(np.int64)
             ids[i, : len(whole)], keep[i, : len(whole)] = whole, True
         asked = sizes_maps.Text(*(torch.from_numpy(x).to(lab.device) for x in (ids, keep)))
         samples = [lab._decode(row) for row in own.ids[:4].tolist()]
