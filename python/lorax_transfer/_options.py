@@ -49,7 +49,8 @@ Strength = Annotated[
     typer.Option(
         metavar="F",
         help="Share of the drift that anchor and restore undo; by default all with anchor, and "
-        "less the larger the drift with restore.",
+        "with restore less the larger a layer's drift is, half at the least unless embeddings that "
+        "stay the target's moved farther.",
         show_default=False,
         rich_help_panel=HOW,
     ),
@@ -68,7 +69,8 @@ Embeddings = Annotated[
     typer.Option(
         metavar="F",
         help="Share of the drift of the embeddings to undo as well, in --directions directions, 0 "
-        "to 1; for a target whose embeddings moved farther than its layers, as scan says.",
+        "to 1, for a target whose embeddings moved farther than its layers, as scan says: 1 wins "
+        "most, 0.5 costs the target's own skill least.",
         rich_help_panel=HOW,
     ),
 ]

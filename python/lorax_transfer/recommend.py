@@ -114,12 +114,17 @@ def _related(drift: float, totals: Totals, kept: float | None, is_inside: bool) 
         )
     price = (
         "score the target's own skill beside the adapter's task, because the target's training is "
-        f"what is taken back; where that costs too much, use anchor{aside}"
+        "what is taken back"
     )
     if is_farther(embeddings, drift):
         return Recommendation(
             "restore",
             f"{amount}, the embeddings, which the adapter is not on, by {embeddings:.2%}: use "
-            f"--method restore with --embeddings 1, and {price}",
+            f"--method restore with --embeddings 1, and {price}; where that costs too much, use "
+            f"copy with --embeddings 0.5{aside}",
         )
-    return Recommendation("restore", f"{amount}: use --method restore, and {price}")
+    return Recommendation(
+        "restore",
+        f"{amount}: use --method restore, and {price}; where that costs too much, use "
+        f"anchor{aside}",
+    )

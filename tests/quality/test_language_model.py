@@ -21,10 +21,12 @@ from benchmarks.quality import (
     lm_measure,
     lm_methods,
     lm_model,
+    lm_plot,
     lm_prune,
     lm_report,
     lm_shapes,
     lm_train,
+    lm_verdicts,
 )
 
 SHAPE = lm_model.Shape(
@@ -457,12 +459,50 @@ def test_measurement_from_training_to_document(folder, tmp_path, weights, capsys
     document = tmp_path / "quality.md"
     begin, end = lm_report.BEGIN.format("tables"), lm_report.END.format("tables")
     document.write_text(f"before\n{begin}\n{end}\nafter\n")
-    lm_report.report(tmp_path / "out.json", tmp_path, document)
+    lm_report.put(lm_report.tables(result), document, "tables")
     text = document.read_text()
     assert text.startswith("before")
     assert text.endswith("after\n")
-    assert "### What scan says" in text
-    assert (tmp_path / "quality_language.png").stat().st_size > 10_000
+    assert "### English to French: LoRA, source to far, drift" in text
+    for plot in (lm_plot.over_drift, lm_plot.over_price):
+        plot(result, tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").stat().st_size > 10_000
+        (tmp_path / "plot.png").unlink()
+    lm_verdicts.report([tmp_path / "out.json", tmp_path / "out.json"])
+    assert f"of {len(found)} cases" in capsys.readouterr().out
+
+
+def test_a_verdict_is_right_by_what_was_measured():
+    """`scan` says restore with embeddings; what is best depends on what may be chosen."""
+    moved = {
+        "trained": (1.0, 2.0),
+        "copy": (2.0, 2.1),
+        "restore": (2.2, 2.2),
+        "restore --embeddings 1": (1.2, 2.4),
+        "restore q=16 with embeddings": (1.1, 3.0),
+    }
+    row = {"task": "enfr", "source": "source", "target": "far", "adapter": "lora"}
+    rows = [{"task": "enfr", "target": "far", "method": "none", "nll": 4.0, "spanish_nll": 1.9}]
+    for method, (nll, own) in moved.items():
+        for seed in range(3):
+            noise = 0.001 * seed * len(method)
+            rows.append(
+                row | {"method": method, "seed": seed, "nll": nll + noise} | {"spanish_nll": own}
+            )
+    scan = {"drift": 0.01, "embedding_drift": 0.1, "similarity_excess": 1.0, "untouched_drift": 0.0}
+    facts = {"far": {"drift": 0.01, "scan": {"lora enfr": {"0": scan}}}}
+
+    (case,) = lm_report.cases({"rows": rows})
+    found = lm_verdicts.check_scan(facts, case)
+    assert found["said"] == found["best"] == "restore --embeddings 1"
+    assert found["is right"]
+    assert found["best at any"] == "restore q=16 with embeddings"
+    assert not found["is right at any"]
+    assert found["price"] == pytest.approx([0.4, 1.0])
+    # Embeddings that hardly moved stay, and that loses to copying here.
+    scan["embedding_drift"] = 0.01
+    found = lm_verdicts.check_scan(facts, case)
+    assert (found["said"], found["is right"]) == ("restore", False)
 
 
 def test_some_methods_are_measured_again(folder, tmp_path, weights, capsys):

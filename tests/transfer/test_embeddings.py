@@ -8,7 +8,7 @@ import warnings
 import peft
 import pytest
 import torch
-from pairs import make_pair
+from pairs import make_pair, perturb
 from safetensors.torch import load_file, save_file
 
 import lorax_transfer
@@ -193,6 +193,34 @@ def test_few_directions_make_a_small_file(tmp_path):
     )
     with pytest.raises(AdapterError, match="embedding"):
         read_adapter(moved)
+
+
+@torch.no_grad()
+def test_layers_are_restored_by_half_where_embeddings_are_given_back(tmp_path):
+    """By half, not in full: what that would win costs the target more (docs/quality.md)."""
+    target = llama(True)
+    # As language models do: the embeddings by more than twice as much as the layers.
+    perturb(target, 0.02)
+    target.get_input_embeddings().weight.mul_(1.1)
+    pair = make_pair(
+        tmp_path, lambda: llama(True), target=target, target_modules=MAKERS["llama"][1]
+    )
+    shares = {}
+    for embeddings in (0.0, 0.5, 1.0):
+        report = lorax_transfer.transfer(
+            pair.adapter,
+            pair.source,
+            pair.target,
+            tmp_path / f"moved-{embeddings}",
+            method="restore",
+            directions=WIDTH,
+            embeddings=embeddings,
+        )
+        shares[embeddings] = [x.outcomes["restore"].drift_undone for x in report.layers]
+    # 0.4 % of 2 %.
+    assert shares[0.0] == pytest.approx([0.2] * len(shares[0.0]), rel=1e-3)
+    for embeddings in (0.5, 1.0):
+        assert shares[embeddings] == pytest.approx([0.5] * len(shares[0.0]), rel=1e-3)
 
 
 def test_a_trained_output_layer_is_left_to_the_method(tmp_path):

@@ -230,6 +230,8 @@ class TestRecommendation:
         found = recommend(self.totals(embedding_drift=embeddings))
         assert found.verdict == "restore"
         assert ("--embeddings 1" in found.reason) == are_given_back
+        # What to do where the price is too high.
+        assert ("copy with --embeddings 0.5" in found.reason) == are_given_back
 
     def test_restore_asks_for_the_target_s_own_skill(self):
         assert "score the target's own skill" in recommend(self.totals()).reason

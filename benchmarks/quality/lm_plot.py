@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of what methods keep, and of what that costs the target."""
+
+import statistics
+
+from .lm_report import KINDS, TASKS, cases
+
+# What is shown over the drift.
+KEPT = ("copy", "source's embeddings", "prolora k=64", "prolora k=320", "lorax k=320", "lorax k=64")
+WON = (
+    "lorax core",
+    "transport k=64",
+    "anchor output",
+    "anchor both",
+    "restore q=16",
+    "restore q=16 w=0.5",
+    "restore q=16 by drift",
+)
+# What is shown beside its price.
+PRICED = (
+    "copy",
+    "anchor both",
+    "restore",
+    "copy --embeddings 0.5",
+    "copy --embeddings 1",
+    "anchor --embeddings 1",
+    "restore --embeddings 0.5",
+    "restore --embeddings 1",
+    "restore q=16 with embeddings",
+    "copy + embeddings untaught",
+    "copy + embeddings of 4096 tokens",
+)
+
+
+def over_drift(result, path):
+    """Over the drift of the target: the lift that methods keep, and what they win over copying."""
+    related = [c for c in cases(result) if c.task == "enfr" and c.source == "source"]
+    related = [c for c in related if "drift" in result["facts"][c.target]]
+    if not related:
+        return
+    figure, axes = _figure(1, 3, (14, 4.4))
+    axes = axes[0]
+    lora, lorax = ([c for c in related if c.kind == kind] for kind in KINDS)
+    facts = result["facts"]
+    _lines(axes[0], lora, KEPT, facts, lambda case, method: case.shares(method)[0])
+    axes[0].set(title="LoRA: lift kept, %")
+    for axis, mine, name in ((axes[1], lora, "LoRA"), (axes[2], lorax, "LoRA-X")):
+        _lines(axis, mine, WON, facts, _won)
+        axis.axhline(0, color="black", linewidth=1)
+        axis.set(title=f"{name}: nats won over copying", ylim=(-0.15, 0.07))
+    for axis in axes:
+        axis.set(xlabel="relative drift of the target's weights, %")
+        axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _won(case, method):
+    copy = case.methods["copy"]
+    return [copy[s]["nll"] - row["nll"] for s, row in case.methods[method].items() if s in copy]
+
+
+def _lines(axis, mine, methods, facts, score):
+    """A line a method, with the spread over the seeds."""
+    for i, method in enumerate(methods):
+        kept = [c for c in mine if method in c.methods]
+        values = [score(c, method) for c in kept]
+        if kept:
+            mean = [statistics.mean(v) for v in values]
+            error = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
+            at = [100 * facts[c.target]["drift"] for c in kept]
+            axis.errorbar(at, mean, error, label=method, marker="o", capsize=2, color=f"C{i}")
+
+
+def over_price(result, path):
+    """The gap that methods close, over what they cost the target's own text."""
+    related = [c for c in cases(result) if c.kind == "lora" and "copy" in c.methods]
+    if not related:
+        return
+    figure, axes = _figure(1, len(related), (3.9 * len(related), 4.6))
+    for axis, case in zip(axes.flat, related, strict=True):
+        trained = statistics.mean(row["spanish_nll"] for row in case.trained.values())
+        axis.axhline(100, color="black", linewidth=1)
+        axis.axvline(trained, color="black", linewidth=1, label="trained on the target")
+        for i, method in enumerate(m for m in PRICED if m in case.methods):
+            gap = [0] if method == "copy" else case.shares(method)[1]
+            x = case.mean(method, "spanish_nll")
+            label = method.replace("restore q=16 with", "restore, --strength 1, with")
+            marker = "osD^v"[i // 10]
+            axis.plot(x, statistics.mean(gap), marker, color=f"C{i % 10}", label=label)
+        title = TASKS[case.task][0]
+        axis.set(title=f"{title}, {case.target}", xlabel="own text, nats")
+    axes.flat[0].set(ylabel="gap between copy and trained closed, %")
+    handles, labels = axes.flat[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, ncols=4, loc="lower center")
+    figure.tight_layout(rect=(0, 0.16, 1, 1))
+    _save(figure, path, is_laid_out=True)
+
+
+def _figure(rows, columns, size):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(rows, columns, figsize=size, squeeze=False)
+
+
+def _save(figure, path, is_laid_out=False):
+    from matplotlib import pyplot
+
+    if not is_laid_out:
+        figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
