@@ -11,9 +11,9 @@ from .settings import is_farther
 # Relative drift below which two checkpoints count as one: what rounding to bfloat16 does.
 MIN_DRIFT = 0.002
 
-# Up to here taking drift back was measured to win, where what stays outside of the adapted layers
-# moved less than they did: on pictures.
-MAX_DRIFT = 0.2
+# Taking drift back was measured to win at 18 to 20 %, by the adapter that weighs the layers, where
+# what stays outside of the adapted layers moved less than they did: on pictures.
+MAX_DRIFT = 0.25
 
 # Similarity that ProLoRA asks of a layer before it transfers it.
 MIN_SIMILARITY = 0.8
