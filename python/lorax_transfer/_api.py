@@ -71,7 +71,8 @@ def transfer(
         energy: keep the fewest directions that hold this share of each target weight's energy, in
             (0, 1]; with `rank` at most that many.
         strength: share of the drift that "anchor" and "restore" undo, in [0, 1]; None for all of it
-            with "anchor", and for a share that falls with a layer's drift with "restore".
+            with "anchor", and with "restore" for a share that falls with a layer's drift, to half
+            at the least unless what stays the target's moved more than twice as far.
         directions: directions of each layer's drift that "restore" undoes, and of that of the
             embeddings.
         embeddings: share of the drift of the embeddings to undo beside the method, in [0, 1]. The
