@@ -182,7 +182,7 @@ class _Decoder:
         out = torch.full((len(self._all), self._most), END, device=self._token.device)
         for t in range(self._most):
             out[:, t] = self._token
-            if t == self._most - 1 or (t % 8 == 7 and bool((out == END).any(1).all())):
+            if t == self._most - 1 or (t % 8 == 7 and bool((out[:, : t + 1] == END).any(1).all())):
                 break
             self._go()
         return [self._cut(row) for row in out.tolist()]

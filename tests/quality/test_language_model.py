@@ -95,11 +95,11 @@ def test_logits_are_those_of_transformers(weights, reference):
 
 def test_greedy_answers_are_those_of_transformers(weights, reference, examples):
     some = examples.take(6)
-    found = lm_eval.Evaluator(SHAPE, weights).answers(some, 5)
+    found = lm_eval.Evaluator(SHAPE, weights).answers(some, 20)
     for row, start, answer in zip(some.tokens, some.starts, found, strict=True):
         prompt = torch.from_numpy(row[:start])[None]
         whole = reference.generate(
-            prompt, max_new_tokens=5, do_sample=False, eos_token_id=2, pad_token_id=2
+            prompt, max_new_tokens=20, do_sample=False, eos_token_id=2, pad_token_id=2
         )
         expected = whole[0, start:].tolist()
         assert answer == (expected[: expected.index(2)] if 2 in expected else expected)
