@@ -22,63 +22,75 @@ def noise_floor(theta: torch.Tensor, rows: int) -> torch.Tensor:
     return (4 * eps * math.sqrt(rows)) ** 2 * theta[:, :1].clamp_min(_TINY)
 
 
-def outside_error(squares: torch.Tensor, theta: torch.Tensor, k: int, rows: int) -> torch.Tensor:
+def outside_error(
+    squares: torch.Tensor, theta: torch.Tensor, end: torch.Tensor, k: int, rows: int
+) -> torch.Tensor:
     """Projector error of the leading `k` vectors of a block from what lies outside the block.
 
     Args:
         squares: of the lengths of the vectors' residuals outside the block, `(b, l)`.
         theta: Rayleigh quotients `(b, l)`, descending.
+        end: where the eigenvalues outside the block begin, `(b, 1)`.
         k: where the cut is.
         rows: the longer side of the matrices.
 
     Returns:
         `(b,)`, float64, not capped at a right angle.
     """
-    return (2 / k * _outside(squares.double(), theta.double(), k, rows)[0].sum(1)).sqrt()
+    outside, _, _ = _outside(squares.double(), theta.double(), end.double(), k, rows)
+    return (2 / k * outside.sum(1)).sqrt()
 
 
 def _outside(
-    squares: torch.Tensor, theta: torch.Tensor, k: int, rows: int
+    squares: torch.Tensor, theta: torch.Tensor, end: torch.Tensor, k: int, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Squared tilts `(b, k)`, the gaps they were divided by, and which vectors count at all."""
     floor = noise_floor(theta, rows)
     counted = theta[:, :k] > floor
-    gap = (theta[:, :k] - theta[:, -1:]).clamp_min(torch.finfo(torch.float32).eps * floor)
+    gap = (theta[:, :k] - end).clamp_min(torch.finfo(torch.float32).eps * floor)
     return torch.where(counted, squares[:, :k] / gap**2, 0.0), gap, counted
 
 
 def residual_error(
-    C: torch.Tensor, theta: torch.Tensor, k: int, rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    C: torch.Tensor, theta: torch.Tensor, end: torch.Tensor, k: int, rows: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Projector error of the leading `k` Ritz vectors, from their residuals outside the block.
 
     Three things are wrong with a Ritz vector: what lies outside the block, `|rho_i| / (theta_i -
-    lambda)` with lambda just under the smallest Ritz value; to second order, what the outside mixes
+    lambda)` with lambda from `end` down; to second order, what the outside mixes
     in from the block's other vectors beyond `k`, which matters where the spectrum is flat; and what
     rounding mixes in, which matters where values nearly coincide.
 
     Args:
         C: Gram matrix of the residuals `A Q - Q theta`, `(b, l, l)`.
         theta: Ritz values `(b, l)`, descending.
+        end: where the eigenvalues outside the block begin, `(b, 1)`.
         k: where the cut is.
         rows: the longer side of the matrices.
 
     Returns:
-        The error `(b,)`, and the part that a filter can damp, not capped at a right angle.
+        The error `(b,)`; the part from outside, which a filter damps, not capped at a right angle;
+        and the part that is mixed within the block, of the second order of what a filter damps.
     """
     C, theta = C.double(), theta.double()
     squares = torch.diagonal(C, dim1=1, dim2=2)
-    outside, gap, counted = _outside(squares, theta, k, rows)
+    end = end.double()
+    outside, gap, counted = _outside(squares, theta, end, k, rows)
     # Ritz values are themselves low by `shift`: closer ones than that are not told apart yet.
-    shift = squares / (theta - theta[:, -1:]).clamp_min(gap[:, -1:])
+    shift = squares / (theta - end).clamp_min(gap[:, -1:])
     distance = (theta - shift)[:, :k, None] - (theta + shift)[:, None, k:]
     mixed = (C[:, :k, k:] / (gap[..., None] * distance.clamp_min(_TINY))) ** 2
     # Products in float32 leave vectors that close mixed whatever the residual says.
     entry = _PRODUCT_ROUNDING * (theta[:, :k, None] * theta[:, None, k:].clamp_min(0)).sqrt()
     rounded = (entry / (theta[:, :k, None] - theta[:, None, k:]).clamp_min(_TINY)) ** 2
-    mixed = torch.where(counted, (mixed + rounded).sum(2), 0.0)
-    error = (2 / k * (outside + mixed).clamp_max(1).sum(1)).sqrt()
-    return error, (2 / k * outside.sum(1)).sqrt()
+    mixed = torch.where(counted, mixed.sum(2), 0.0)
+    rounded = torch.where(counted, rounded.sum(2), 0.0)
+
+    def total(squares: torch.Tensor) -> torch.Tensor:
+        return (2 / k * squares.sum(1)).sqrt()
+
+    error = total((outside + mixed + rounded).clamp_max(1))
+    return error, total(outside), total(mixed.clamp_max(1))
 
 
 def rounding_error(theta: torch.Tensor, k: int, rows: int, dtype: torch.dtype) -> torch.Tensor:

@@ -43,8 +43,12 @@ _ENOUGH = 0.65
 # On a GPU a batch goes on as a whole while at least this share of it is not done: to leave the rest
 # out means to copy the weights, which costs as much as two products and needs memory.
 _STAYS_WHOLE = 0.25
-# Cycles that start with a glance; a warm start is past them.
+# Cycles that start with a glance; a warm start has one of them on a GPU, and none on a CPU.
 _GLANCES = 3
+# Degrees after which a block's random columns show where the eigenvalues outside begin.
+_FILTERED = 4
+# Error to assume of vectors while nothing shows that.
+_UNKNOWN_ERROR = 1.0
 # Products that must be left for a glance to be followed by a look that judges.
 _ENOUGH_LEFT = 8
 # Spread of the Ritz values from which float32 rounding shows in residuals.
@@ -90,16 +94,32 @@ class _Ritz:
     quotients: torch.Tensor  # (b, l) Rayleigh quotients of A, column by column
     theta: torch.Tensor  # (b, l) the same in descending order: Ritz values, or near them
     error: torch.Tensor  # (b,) estimated projector error of the leading k
-    planned: torch.Tensor  # (b,) what is left to damp: the same, not capped at a right angle
+    planned: torch.Tensor  # (b,) what is left to damp of it, not capped at a right angle
+    mixed: torch.Tensor  # (b,) the part of it that goes with the square of what is damped
+
+    def with_unknown(self, is_bounded: bool, tol: float) -> "_Ritz":
+        """The same where the last columns are random, so that their values hide what is outside.
+
+        Where the known columns reach beyond the cut, the error counts from the last of them; the
+        plan, which does not, is to filter at all where that is too much. Where they end at the cut,
+        nothing is known of what lies outside, and the error is taken for a large one.
+        """
+        if is_bounded:
+            short_of = self.error > _ENOUGH * tol
+            return replace(
+                self, planned=torch.where(short_of, self.planned.clamp_min(tol), self.planned)
+            )
+        large = self.planned.clamp_min(_UNKNOWN_ERROR)
+        return replace(self, error=large, planned=large)
 
     def __getitem__(self, index: torch.Tensor) -> "_Ritz":
         """The entries of the stack that `index` names."""
         Y = None if self.Y is None else self.Y[index]
-        rest = (self.Z, self.quotients, self.theta, self.error, self.planned)
+        rest = (self.Z, self.quotients, self.theta, self.error, self.planned, self.mixed)
         return _Ritz(self.Q[index], Y, *(t[index] for t in rest))
 
 
-def _glance(A: Operator, Q: torch.Tensor, k: int) -> _Ritz:
+def _glance(A: Operator, Q: torch.Tensor, k: int, known: int) -> _Ritz:
     """What steers a cycle, without an eigenproblem: Rayleigh quotients for Ritz values.
 
     The columns of an orthonormalised block are in the order of what they hold, nearly, so that the
@@ -114,11 +134,12 @@ def _glance(A: Operator, Q: torch.Tensor, k: int) -> _Ritz:
     squares = (rho * rho).sum(dim=1).gather(1, order)
     # Of the columns beyond k, the last ones hold the block's end between them.
     theta[:, -1] = theta[:, -max(1, theta.shape[1] // 16) :].mean(dim=1)
-    planned = outside_error(squares, theta, k, A.rows)
-    return _Ritz(Q, None, Z, quotients, theta, planned, planned)
+    planned = outside_error(squares, theta, theta[:, -1:], k, A.rows)
+    error = outside_error(squares, theta, theta[:, known - 1 : known], k, A.rows)
+    return _Ritz(Q, None, Z, quotients, theta, error, planned, torch.zeros_like(planned))
 
 
-def _rayleigh_ritz(A: Operator, Q: torch.Tensor, k: int) -> _Ritz:
+def _rayleigh_ritz(A: Operator, Q: torch.Tensor, k: int, known: int) -> _Ritz:
     """Singular triplets of `W` within span(Q), from two products with `W`."""
     backend = A.backend
     Y = A.forward(Q, 2)
@@ -135,8 +156,12 @@ def _rayleigh_ritz(A: Operator, Q: torch.Tensor, k: int) -> _Ritz:
         rho = Z - ops.rotate(Q, torch.bmm(Q.mT, Z), backend=backend)
     else:
         rho = torch.addcmul(Z, Q, theta.float()[:, None], value=-1)
-    error, planned = residual_error(ops.gram(rho, backend=backend), theta, k, A.rows)
-    return _Ritz(Q, Y, Z, theta.float(), theta, error, planned)
+    C = ops.gram(rho, backend=backend)
+    # There is an eigenvalue within the residual of a Ritz value.
+    within = torch.diagonal(C, dim1=1, dim2=2)[:, -1:].double().clamp_min(0).sqrt()
+    end = torch.maximum(theta[:, known - 1 : known], theta[:, -1:] + within)
+    error, planned, mixed = residual_error(C, theta, end, k, A.rows)
+    return _Ritz(Q, Y, Z, theta.float(), theta, error, planned.clamp_max(1), mixed)
 
 
 @dataclass(frozen=True)
@@ -172,8 +197,9 @@ def _next_cycle(A: Operator, ritz: _Ritz, k: int, tol: float) -> _Cycle:
     rate = torch.acosh((2 * last / first_beyond - 1).clamp_min(1 + 1e-9))
     floor = A.rounding * last / (last - first_beyond).clamp_min(1e-9 * last + 1e-300)
     aim = torch.full_like(floor, _AIM * tol)
-    turn = torch.maximum(torch.minimum(ritz.planned, floor), aim)
-    total = torch.acosh((ritz.planned / aim).clamp_min(1)) / rate
+    planned = torch.maximum(ritz.planned, (aim * ritz.mixed).sqrt())
+    turn = torch.maximum(torch.minimum(planned, floor), aim)
+    total = torch.acosh((planned / aim).clamp_min(1)) / rate
     fine = (torch.acosh(turn / aim) / rate).ceil().clamp_max(_DEGREES[-1])
     degrees = torch.stack([_listed(total), fine.long()])
     # After a glance two degrees more cost less than a look too early.
@@ -233,18 +259,23 @@ def _finish(
     return Triplets(U, S, V, error, torch.zeros(len(S), dtype=torch.long))
 
 
-def _solve(A: Operator, Q: torch.Tensor, k: int, tol: float, left: int, stage: int) -> Triplets:
+def _solve(
+    A: Operator, Q: torch.Tensor, k: int, tol: float, left: int, stage: int, known: int
+) -> Triplets:
     """Looks at the block, filters it as far as each matrix needs, and goes on with what is left.
 
     `left` is how many products may still be made; `stage` counts the cycles made, of which the
-    first ones are short and start with a glance.
+    first ones are short and start with a glance. The first `known` columns of the block hold the
+    leading directions, nearly; the others still any direction.
     """
     count = Q.shape[0]
     if stage >= _GLANCES:
         # What the Gram matrix could do is done.
         A = replace(A, G=None)
     glances = stage < _GLANCES and left >= _ENOUGH_LEFT
-    ritz = _glance(A, Q, k) if glances else _rayleigh_ritz(A, Q, k)
+    ritz = (_glance if glances else _rayleigh_ritz)(A, Q, k, known)
+    if known < Q.shape[2]:
+        ritz = ritz.with_unknown(known > k, tol)
     del Q
     left -= 2
     cycle = _next_cycle(A, ritz, k, tol)
@@ -266,10 +297,12 @@ def _solve(A: Operator, Q: torch.Tensor, k: int, tol: float, left: int, stage: i
         if coarse + fine > 0:
             block = _filter(some, mine, coarse, fine)
             del mine
-            found = _solve(some, block, k, tol, left + 2 - spent, stage + 1)
+            is_random = known > k and coarse + fine < _FILTERED
+            now_known = known if is_random else block.shape[2]
+            found = _solve(some, block, k, tol, left + 2 - spent, stage + 1, now_known)
         elif mine.Y is None:
             # Nothing to damp, by what a glance can see.
-            found = _solve(some, mine.Q, k, tol, left, _GLANCES)
+            found = _solve(some, mine.Q, k, tol, left, _GLANCES, known)
         else:
             found = _finish(some.backend, mine.Q, mine.Y, mine.error, k)
         results.append((index, replace(found, passes=found.passes + spent)))
@@ -297,7 +330,7 @@ def iterate(
     max_passes: int,
     *,
     use_gram: bool,
-    warm: bool,
+    known: int,
     backend: str,
 ) -> Triplets:
     """Leading `k` singular triplets of each matrix in a stack.
@@ -310,7 +343,8 @@ def iterate(
         max_passes: products with `W` or its transpose at most; fewer than four count as four, and
             fewer than two for a warm start as two.
         use_gram: filter with the Gram matrix instead of `W` as far as its rounding allows.
-        warm: the start is a good guess: look before filtering.
+        known: leading columns of the start that are those of a matrix like this one, at least `k`;
+            0 for a random start.
         backend: passed to the ops.
 
     Returns:
@@ -320,15 +354,17 @@ def iterate(
     flipped = n > m
     halves = W.is_cuda and _backends.requested(backend) != "reference"
     weights, G = Stack.of(W, halves), None
-    if use_gram and not warm:
+    if use_gram and not known:
         first = weights.parts[0]
         G = Stack.gram(first.mT if flipped else first, halves, backend)
     A = Operator(weights, flipped, G, backend)
     Q = start.expand(count, -1, -1).contiguous()
     spent = 0
-    if not warm:
+    if not known:
         Q, spent = A.apply(Q), 2
     Q = ops.orthonormalize(Q, backend=backend)
-    found = _solve(A, Q, k, tol, max_passes - spent, _GLANCES if warm else 0)
+    # A good start needs no short cycles. On a GPU a look too early costs more than a glance.
+    stage = (_GLANCES - 1 if A.on_gpu else _GLANCES) if known else 0
+    found = _solve(A, Q, k, tol, max_passes - spent, stage, known or Q.shape[2])
     found = replace(found, passes=found.passes + spent)
     return replace(found, U=found.V, V=found.U) if flipped else found

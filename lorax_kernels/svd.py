@@ -246,6 +246,7 @@ def _decompose(
     if p.path == "exact":
         return [(t, "exact") for t in _split(_exact.decompose(stack, k, tol, backend=backend))]
     block = _start_block(min(m, n), p.width, starts, seed, stack.device)
+    known = [p.width, *(basis.shape[1] for basis in starts if basis is not None)]
     triplets = _subspace.iterate(
         stack,
         block,
@@ -253,7 +254,7 @@ def _decompose(
         tol,
         p.max_passes if max_passes is None else max_passes,
         use_gram=p.use_gram,
-        warm=starts[0] is not None,
+        known=min(known) if len(known) > 1 else 0,
         backend=backend,
     )
     parts = [(t, "randomized") for t in _split(triplets)]
