@@ -150,9 +150,13 @@ def cases(result):
     return [Case(rows, *key) for key in keys]
 
 
-def table(case):
-    """One case, best method first, between no adapter and the one trained on the target."""
+def table(case, answers_are_whole=True):
+    """One case, best method first, between no adapter and the one trained on the target.
+
+    Scores of answers that were cut short are of their beginnings: those are left out.
+    """
     keys = ["bleu", "chrf"] if case.task == "enfr" else ["rouge_l"]
+    keys = keys if answers_are_whole else []
     moved = sorted((m for m in case.methods if m != "trained"), key=case.mean)
     names = [METRICS[k] for k in keys]
     heads = ["method", "NLL", *names, "lift kept, %", "gap closed, %", "own text, NLL", "ms"]
@@ -192,20 +196,22 @@ def _sources(result):
                 continue
             none = select(result["rows"], task=task, target="source", method="none")[0]
             scores = [r[metric] for r in own if metric in r]
-            lines.append(
-                f"- {name}, {title}: NLL {none['nll']:.3f} without, "
-                f"{_spread([r['nll'] for r in own], 3)} with; {METRICS[metric]} "
-                f"{none.get(metric, float('nan')):.1f} without, {_spread(scores, 1)} with."
-            )
+            nll = _spread([r["nll"] for r in own], 3)
+            line = f"- {name}, {title}: NLL {none['nll']:.3f} without, {nll} with"
+            if "answers_end_at" not in result:
+                line += f"; {METRICS[metric]} {none.get(metric, float('nan')):.1f} without, "
+                line += f"{_spread(scores, 1)} with"
+            lines.append(f"{line}.")
     return "\n".join(lines)
 
 
 def tables(result):
-    """All of it, as markdown."""
+    """All of it, as markdown; without scores of answers where the result says that they are cut."""
+    whole = "answers_end_at" not in result
     found = cases(result)
     parts = [_sources(result)]
     for case in found:
-        parts += [_title(case, result["facts"]), table(case)]
+        parts += [_title(case, result["facts"]), table(case, whole)]
     return "\n\n".join(parts)
 
 

@@ -17,7 +17,7 @@ def lift(rows, row, score="nll"):
     return 100 * (none - row[score]) / (none - statistics.mean(trained))
 
 
-def table(rows, source, target):
+def table(rows, source, target, bleu="BLEU"):
     """Every method from a source to a target, best first, between nothing and the ceiling."""
     moved = {}
     for row in rows:
@@ -26,7 +26,7 @@ def table(rows, source, target):
     order = sorted(moved, key=lambda m: statistics.mean(r["nll"] for r in moved[m]))
     ends = {m: select(rows, target=target, method=m) for m in ("none", "trained")}
     lines = [
-        "| method | NLL | lift kept, % | NLL of words | lift kept, % | BLEU | ms |",
+        f"| method | NLL | lift kept, % | NLL of words | lift kept, % | {bleu} | ms |",
         "|---|---|---|---|---|---|---|",
     ]
     for method in ("none", *order, "trained"):
@@ -43,12 +43,14 @@ def table(rows, source, target):
     return "\n".join(lines)
 
 
-def tables(rows):
+def tables(result):
     """Both directions."""
-    parts = []
+    rows, bleu, parts = result["rows"], "BLEU", []
+    if "answers_end_at" in result:
+        bleu += f", first {result['answers_end_at']} tokens"
     for source, target in (("small", "large"), ("large", "small")):
         if select(rows, source=source, target=target):
-            parts += [f"### {source} to {target}", table(rows, source, target)]
+            parts += [f"### {source} to {target}", table(rows, source, target, bleu)]
     return "\n\n".join(parts)
 
 
@@ -56,7 +58,7 @@ def report(path, document=None, references=None):
     """Score the answers where their references are at hand, and write or print the tables."""
     if references is not None:
         score(path, json.loads(Path(references).read_text("utf-8")))
-    text = tables(json.loads(Path(path).read_text("utf-8"))["rows"])
+    text = tables(json.loads(Path(path).read_text("utf-8")))
     if document is None:
         print(text)
         return

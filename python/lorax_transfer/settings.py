@@ -23,9 +23,9 @@ DEFAULT_DIRECTIONS = 16
 # drift of 0.4 %, half of 0.8 %, and no less than half of a larger one unless what stays outside of
 # the adapted layers moved more than `FARTHER` times as far: in the models that were measured that
 # is either a third or less, where half won at any drift, or 2.7 to 7 times, where it lost at 1.7 %.
-# With the embeddings given back, all of the drift won 0.02 to 0.06 nats more than half of it, no
-# words, and cost the target's own text up to 0.5 more: hence half there too. docs/quality.md has
-# what that rests on.
+# With the embeddings given back, all of the drift won 0.02 to 0.06 nats more than half of it, and
+# cost the target's own text up to 0.5 more: hence half there too. docs/quality.md has what that
+# rests on.
 RESTORED = 0.004
 LEAST_RESTORED = 0.5
 FARTHER = 2.0

@@ -464,6 +464,12 @@ def test_measurement_from_training_to_document(folder, tmp_path, weights, capsys
     assert text.startswith("before")
     assert text.endswith("after\n")
     assert "### English to French: LoRA, source to far, drift" in text
+    assert "BLEU" in text
+    assert "ROUGE-L" in text
+    cut = lm_report.tables(result | {"answers_end_at": 8})
+    assert cut.count("\n") == lm_report.tables(result).count("\n")
+    for name in lm_report.METRICS.values():
+        assert name not in cut
     for plot in (lm_plot.over_drift, lm_plot.over_price):
         plot(result, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").stat().st_size > 10_000
