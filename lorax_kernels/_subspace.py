@@ -287,9 +287,11 @@ def _solve(
     for coarse, fine in torch.stack([cycle.coarse, cycle.fine], dim=1).unique(dim=0).tolist():
         index = torch.nonzero((cycle.coarse == coarse) & (cycle.fine == fine)).flatten()
         whole, where = len(index) == count, index.to(ritz.Q.device)
-        part = (A, ritz) if whole else (A[where], ritz[where])
-        parts.append((coarse, fine, index, *part))
-    del ritz, part
+        # What is done needs no copy of its weights.
+        is_done = coarse + fine == 0 and ritz.Y is not None
+        some = A if whole or is_done else A[where]
+        parts.append((coarse, fine, index, some, ritz if whole else ritz[where]))
+    del ritz, some
     results = []
     while parts:
         coarse, fine, index, some, mine = parts.pop()
