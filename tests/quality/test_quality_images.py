@@ -223,8 +223,8 @@ def test_seeds_share_their_models_and_methods_may_be_left_out(
     text = image_report.table(result["rows"], "near", "lora")
     losses = [1000 * row["loss"] for row in moved]
     assert f"| copy | {np.mean(losses):.2f} ± {np.std(losses, ddof=1):.2f} |" in text
-    with pytest.raises(SystemExit, match="no method 'restor'"):
-        image_transfer.main([*command, "--without", "restor"])
+    with pytest.raises(SystemExit, match="no method 'restores'"):
+        image_transfer.main([*command, "--without", "restores"])
 
 
 def test_report_of_a_run(measured, tmp_path):
