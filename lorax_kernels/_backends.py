@@ -9,6 +9,7 @@ for by name that cannot run raises.
 import functools
 import importlib.util
 import logging
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class Backend:
     ops: dict[str, str]
 
 
+_is_cuda = operator.attrgetter("is_cuda")
 _KERNELS: dict[str, dict[str, Kernel]] = {name: {} for name in ORDER}
 
 
@@ -151,8 +153,11 @@ def _why_not(name: str, op: str, arguments: Sequence[Any]) -> str | None:
         return f"it has no kernel for {op}"
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if name != "reference" and not interpreted:
-        elsewhere = next((t.device for t in _tensors(arguments) if not t.is_cuda), None)
-        if elsewhere is not None:
+        # Lists are of whole models: no Python for each of their tensors.
+        lists = [x for x in arguments if isinstance(x, (list, tuple))]
+        others = [x for x in arguments if isinstance(x, torch.Tensor)]
+        if not all(all(map(_is_cuda, tensors)) for tensors in (*lists, others)):
+            elsewhere = next(t.device for t in _tensors(arguments) if not t.is_cuda)
             return f"it runs on CUDA tensors, got one on {elsewhere}"
     return kernel.refuses(*arguments)
 

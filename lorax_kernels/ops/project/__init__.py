@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Projection of LoRA factors, a whole model in one call."""
 
+import operator
+
 import torch
 
 from ... import _backends, _ops
 from .reference import project_reference
 
+_dtype, _shape = operator.attrgetter("dtype"), operator.attrgetter("shape")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Compute capabilities with float64 tensor cores: A100, H100 and H200, B200.
 _FAST_DOUBLE = ((8, 0), (9, 0), (10, 0))
@@ -25,20 +28,21 @@ def _triton(
     return project_triton(blocks, read, write)
 
 
-def _unknown(*lists: list[torch.Tensor]) -> str | None:
-    unknown = {x.dtype for group in lists for x in group}.difference(_DTYPES)
+def _unknown(dtypes: set[torch.dtype]) -> str | None:
+    unknown = dtypes.difference(_DTYPES)
     return f"it has no conversion from {', '.join(map(str, unknown))}" if unknown else None
 
 
 def _cuda_refuses(
     blocks: list[torch.Tensor], read: list[torch.Tensor], write: list[torch.Tensor]
 ) -> str | None:
-    kinds = {(B.dtype, Q.dtype, P.dtype) for B, Q, P in zip(blocks, read, write, strict=False)}
+    dtypes = [list(map(_dtype, group)) for group in (blocks, read, write)]
+    kinds = set(zip(*dtypes, strict=False))
     is_half = {(torch.float16,) * 3}
     needs_double = any(kind[0] != torch.bfloat16 for kind in kinds - is_half)
     if needs_double and torch.cuda.get_device_capability(blocks[0].device) not in _FAST_DOUBLE:
         return "it sums these dtypes in float64, which this device multiplies slowly"
-    return _unknown(blocks, read, write)
+    return _unknown(set().union(*dtypes))
 
 
 def _triton_refuses(
@@ -46,18 +50,19 @@ def _triton_refuses(
 ) -> str | None:
     if any(B.dtype == torch.float64 for B in blocks):
         return "it sums in float32, which is too little for a float64 block"
-    return _unknown(blocks, read, write)
+    return _unknown({x.dtype for group in (blocks, read, write) for x in group})
 
 
 def _fits(blocks: list[torch.Tensor], read: list[torch.Tensor], write: list[torch.Tensor]) -> bool:
     """What `check_project` checks, in a fraction of its time, which a GPU would wait for."""
     if not len(blocks) == len(read) == len(write):
         return False
-    for B, Q, P in zip(blocks, read, write, strict=True):
-        b, q, p = B.shape, Q.shape, P.shape
-        if not (len(b) == len(q) == len(p) == 2 and b[0] == q[0] and q[1] == p[1]):
-            return False
-    return len({x.get_device() for group in (blocks, read, write) for x in group}) <= 1
+    devices = set().union(*(map(torch.Tensor.get_device, x) for x in (blocks, read, write)))
+    # A model has many layers and few shapes.
+    shapes = set(zip(*(map(_shape, x) for x in (blocks, read, write)), strict=True))
+    return len(devices) <= 1 and all(
+        len(b) == len(q) == len(p) == 2 and b[0] == q[0] and q[1] == p[1] for b, q, p in shapes
+    )
 
 
 _backends.register_reference("project", project_reference)
