@@ -90,7 +90,7 @@ def test_layers_find_their_own_in_a_model_of_another_depth(tmp_path, layers, ord
     assert facts.stream == "identity"
     # Weights that drifted by a fifth: 1 / sqrt(1 + 0.2^2).
     assert facts.likeness == pytest.approx(0.98, abs=0.03)
-    assert report.recommendation.verdict == ("align" if layers != len(order) else "do not")
+    assert report.recommendation.verdict == ("align" if layers != len(order) else "restore")
     lost = [x for x in report.layers if x.status == "excluded"]
     assert {x.module for x in lost} == before.keys() - set(wanted.values())
     assert all("no layer of the target stands for" in x.reason for x in lost)
