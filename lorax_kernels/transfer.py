@@ -193,9 +193,11 @@ def _prolora(layers: _Layers, backend: str) -> tuple[list[torch.Tensor], list[to
         """`P_t P_s X` and `Q_t Q_s X` for every block `X`."""
         within = ops.project(blocks, source, backend=backend)
         beyond = [X - inside for X, inside in zip(blocks, within, strict=True)]
-        kept = ops.project(within, target, backend=backend)
-        lost = ops.project(beyond, target, backend=backend)
-        return kept, [X - inside for X, inside in zip(beyond, lost, strict=True)]
+        # Side by side, so that each target basis is read once for both.
+        sides = [torch.cat(pair, dim=1) for pair in zip(within, beyond, strict=True)]
+        pairs = [x.tensor_split(2, dim=1) for x in ops.project(sides, target, backend=backend)]
+        kept = [inside for inside, _ in pairs]
+        return kept, [X - lost for X, (_, lost) in zip(beyond, pairs, strict=True)]
 
     inside_B, outside_B = both(blocks_B, [s.U for s in layers.source], [t.U for t in layers.target])
     inside_A, outside_A = both(blocks_A, [s.V for s in layers.source], [t.V for t in layers.target])
