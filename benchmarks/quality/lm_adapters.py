@@ -21,6 +21,10 @@ class Lora:
     scale: float = 2.0
     kind: str = "lora"
 
+    def layers(self):
+        """Names of the layers that it is on."""
+        return self.sizes.keys()
+
     def size(self):
         """Trained numbers."""
         return sum(self.rank * (m + n) for m, n in self.sizes.values())
@@ -65,6 +69,10 @@ class LoraX:
     band: int = 0
     kind: str = "lorax"
     _thin: dict = field(default_factory=dict)
+
+    def layers(self):
+        """Names of the layers that it is on."""
+        return self.bases.keys()
 
     def prepare(self, device, dtype):
         """Hold the bases where and as the forward pass needs them."""
@@ -142,9 +150,12 @@ class LoraX:
 
 def hook(form, weights, leaves, groups):
     """The linear hook of `groups` adapters, each on its own share of the batch."""
+    adapted = form.layers()
 
     def linear(name, x):
         base = F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+        if name not in adapted:
+            return base
         rows = x.reshape(groups, -1, x.shape[-1])
         out = form.add(name, base.view(groups, -1, base.shape[-1]), rows, leaves)
         return out.view(base.shape)
@@ -157,9 +168,9 @@ class Adapter:
     """A trained adapter: factors of its update by layer, and the cores of a LoRA-X one.
 
     Attributes:
-        kind: "lora" or "lorax".
+        kind: "lora", "attention" (a LoRA there only) or "lorax".
         factors: name -> (B, A), float32; the update is `B A`.
-        cores: name -> `(k, k)` in the bases of the model it was trained on; empty for "lora".
+        cores: name -> `(k, k)` in the bases of the model it was trained on; empty but for "lorax".
         size: trained numbers.
     """
 
@@ -174,7 +185,7 @@ def trained(form, groups, values):
     out = []
     for g in range(groups):
         own = {name: value[g] for name, value in values.items()}
-        layers = form.sizes if isinstance(form, Lora) else form.bases
+        layers = form.layers()
         factors = {name: form.factors(name, own) for name in layers}
         cores = {} if isinstance(form, Lora) else {n: form.matrix(n, own) for n in layers}
         out.append(Adapter(form.kind, factors, cores, form.size()))

@@ -212,6 +212,7 @@ class Corpus:
         self.folder = Path(folder)
         self._arrays = np.load(self.folder / "data.npz")
         self.references = json.loads((self.folder / "references.json").read_text("utf-8"))
+        self._streams = {}
 
     def examples(self, task, split):
         """Prompts with answers of a task ("enfr", "xsum") and a split."""
@@ -221,8 +222,11 @@ class Corpus:
         return Examples(tokens, self._arrays[f"{prefix}.starts"].astype(np.int64))
 
     def stream(self, name, split):
-        """Running text ("spanish", "generic") as one row of token ids."""
-        return self._arrays[f"{name}.{split}"].astype(np.int64)
+        """Running text ("spanish", "generic") as one row of token ids, always the same object."""
+        key = f"{name}.{split}"
+        if key not in self._streams:
+            self._streams[key] = self._arrays[key].astype(np.int64)
+        return self._streams[key]
 
     def decoder(self):
         """A function from token ids to text, up to the end mark."""

@@ -7,74 +7,53 @@ import traceback
 from functools import partial
 
 from . import lm_shapes
-from .lm_methods import Pair, chosen, few, measured
+from .lm_methods import controls, measured
 from .lm_model import EMBEDDING
 from .lm_scan import embedding_drift, totals
 from .lm_train import clock
 
-KINDS = ("lora", "lorax")
 SMALLER = ("shallow", "narrow")
 
 
 class Measurement:
-    """Source adapters, related targets, targets of another shape, and a second task, in this order.
+    """Every case of the scale, then targets of another shape, then controls.
 
     Args:
         lab: the bench; what does not fit its budget is left out, and the log says so.
-        patterns: compare only the methods that fit one of them, on both tasks; other shapes are
-            then left out, and ceilings are trained if "trained" fits.
     """
 
-    def __init__(self, lab, patterns=None):
-        self._lab, self._scale, self._patterns = lab, lab.scale, patterns
+    def __init__(self, lab):
+        self._lab, self._scale = lab, lab.scale
         self._source = {}  # (kind, task) -> adapters by seed
         self._rate = {}
 
     def run(self):
         """Everything."""
-        lab = self._lab
-        self._part("enfr on the source", self._sources)
-        self._part("targets", self._targets)
-        labels = [label for label in ("mid", "far", "near") if label in lab.models]
-        for label in labels:
-            pair = Pair(lab.models["source"], lab.models[label])
-            lab.facts[label]["embeddings"] = embedding_drift(pair, EMBEDDING)
-            lab.log(f"{label}: {lab.facts[label]}")
-            for kind in KINDS:
-                default = measured if lab.scale.has_controls else few
-                methods = self._compared(kind, default)
-                job = partial(self._pair, label, kind, "enfr", methods)
-                self._part(f"{label}, {kind}", job)
-        if self._scale.has_shapes and self._patterns is None:
-            self._part("other shapes", self._shapes, 60)
-        for kind, wanted in self._scale.second_task.items():
-            self._part(f"xsum, {kind}", partial(self._second_task, kind, wanted), 25)
+        lab, scale = self._lab, self._scale
+        self._part("targets", lab.drifted)
+        for kind, task, labels in scale.cases:
+            if (kind, task) not in self._source:
+                job = partial(self._train_source, kind, task)
+                self._part(f"{task}, {kind} on the source", job, 30)
+            for label in labels:
+                if label not in lab.models:
+                    self._part(label, partial(self._other, label), 30)
+                self._part(f"{task}, {label}, {kind}", partial(self._pair, label, kind, task), 25)
+        if scale.has_shapes:
+            self._part("other shapes", self._shapes, 30)
+        for kind, task, labels in scale.controls:
+            for label in labels:
+                job = partial(self._controls, label, kind, task)
+                self._part(f"{task}, {label}, {kind}, controls", job)
         lab.close()
 
-    def _compared(self, kind, default):
-        if self._patterns is None:
-            return default(kind, self._scale.ranks)
-        return chosen(kind, self._scale.ranks, self._patterns)
-
-    def _sources(self):
-        self._lab.score("source", "enfr", None, method="none")
-        for kind in KINDS:
-            self._train_source(kind, "enfr")
-
-    def _targets(self):
-        self._lab.drifted()
-        for label in self._scale.targets:
-            for rank in self._scale.ranks:
-                self._bases(label, rank)
-
-    def _second_task(self, kind, wanted):
-        if not self._has_row("source", "xsum", "none"):
-            self._lab.score("source", "xsum", None, method="none")
-        self._train_source(kind, "xsum")
-        for label in wanted:
-            methods = self._compared(kind, few)
-            job = partial(self._pair, label, kind, "xsum", methods)
-            self._part(f"xsum, {label}, {kind}", job, 12)
+    def _other(self, label):
+        """A target that was made in another way than the first ones."""
+        lab, steps = self._lab, self._scale.others[label]
+        if label == "merged":
+            lab.merged(label, steps)
+        else:
+            lab.drifted("generic", {label: steps})
 
     def _part(self, what, job, reserve=0.0, tidy=True):
         """Do a part if there is time; log what goes wrong in it, and go on with the next."""
@@ -99,18 +78,20 @@ class Measurement:
 
     def _bases(self, label, rank):
         lab = self._lab
-        started = clock()
-        lab.models[label].bases(rank)
-        lab.facts[label].setdefault("bases_ms", {})[rank] = round(1e3 * (clock() - started), 1)
+        known = lab.facts[label].setdefault("bases_ms", {})
+        if rank not in known:
+            started = clock()
+            lab.models[label].bases(rank)
+            known[rank] = round(1e3 * (clock() - started), 1)
 
     def _form(self, label, kind):
-        if kind == "lora":
-            return self._lab.form(label, kind)
-        return self._lab.form(label, kind, rank=self._scale.core)
+        options = {"rank": self._scale.core} if kind == "lorax" else {}
+        return self._lab.form(label, kind, **options)
 
     def _train_source(self, kind, task):
         """The source's adapters, at the rate that is best for the first seed on other sentences."""
         lab, scale = self._lab, self._scale
+        self._none("source", task)
         rates, seeds = scale.rates[kind, task], list(scale.seeds)
         if kind == "lorax":
             self._bases("source", scale.core)
@@ -169,22 +150,30 @@ class Measurement:
             took = statistics.median(row["transfer_ms"] for row in rows)
             self._lab.log(f"  {what}: {_line(rows)}, {took:.0f} ms")
 
-    def _pair(self, label, kind, task, methods):
+    def _pair(self, label, kind, task):
         lab = self._lab
         if label not in lab.models or (kind, task) not in self._source:
             lab.log(f"no {kind} for {task} or no {label}")
             return
-        self._none(label, task)
-        adapters = self._source[kind, task]
+        facts, adapters = lab.facts[label], self._source[kind, task]
+        pair = lab.pair("source", label)
+        if "embeddings" not in facts:
+            for rank in self._scale.ranks:
+                self._bases(label, rank)
+            facts["embeddings"] = embedding_drift(pair, EMBEDDING)
+            lab.log(f"{label}: {facts}")
         if kind == "lorax":
             self._bases(label, self._scale.core)
-        pair = Pair(lab.models["source"], lab.models[label])
+        self._none(label, task)
         scans = {s: totals(pair, a, self._scale.ranks[-1]) for s, a in adapters.items()}
-        lab.facts[label].setdefault("scan", {})[f"{kind} {task}"] = scans
-        if self._patterns is None or "trained" in self._patterns:
-            own = self._own(label, kind, task)
-            methods = {"trained": partial(_given, own)} | methods
-        self._rows("source", label, kind, task, methods, adapters)
+        facts.setdefault("scan", {})[f"{kind} {task}"] = scans
+        moves = measured(kind, self._scale.ranks, facts["embeddings"]["drift"] > 0)
+        moves = {"trained": partial(_given, self._own(label, kind, task))} | moves
+        self._rows("source", label, kind, task, moves, adapters)
+
+    def _controls(self, label, kind, task):
+        if label in self._lab.models and (kind, task) in self._source:
+            self._rows("source", label, kind, task, controls(), self._source[kind, task])
 
     def _shapes(self):
         lab = self._lab

@@ -3,7 +3,6 @@
 
 import warnings
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import partial
 
 import torch
@@ -12,11 +11,12 @@ import lorax_kernels as lk
 from lorax_transfer.settings import restored_share
 
 from .lm_embeddings import INPUT, OUTPUT, beside, leading, met, rows, untaught, whole
-from .lm_model import EMBEDDING, drift
+from .lm_model import EMBEDDING
 from .lm_scan import moved_by
+from .lm_train import clock
 
-# Relative drift up to which all of it is taken back by `restore_by_drift`.
-DRIFT_RESTORED = 0.008
+# Directions that the tool takes back.
+DIRECTIONS = 16
 
 
 @dataclass
@@ -47,12 +47,29 @@ class Model:
         return self._bases[rank]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pair:
-    """Where an adapter comes from and where it goes."""
+    """Where an adapter comes from and where it goes.
+
+    Several methods rest on the same costly part. It is found once, and `saved` counts the seconds
+    that this spares, so that each can still be told what it would have taken alone.
+    """
 
     source: Model
     target: Model
+    saved: float = 0.0
+    _found: dict = field(default_factory=dict)
+
+    def once(self, key, find):
+        """What `find()` gives, found at the first call of this key."""
+        if key in self._found:
+            value, seconds = self._found[key]
+            self.saved += seconds
+            return value
+        started = clock()
+        value = find()
+        self._found[key] = value, clock() - started
+        return value
 
 
 def _lists(adapter):
@@ -100,58 +117,49 @@ def index_copy(pair, adapter, *, rank):
     return out
 
 
-def anchor(pair, adapter, *, sides, strength=1.0, rank=None):
-    names, B, A = _lists(adapter)
-    source, target = ([m.matrix(n) for n in names] for m in (pair.source, pair.target))
-    moved = lk.anchor_lora(B, A, source, target, sides=sides, strength=strength, rank=rank)
-    return _named(names, moved)
+def anchor(pair, adapter, *, sides, strength=1.0):
+    def find():
+        names, B, A = _lists(adapter)
+        source, target = ([m.matrix(n) for n in names] for m in (pair.source, pair.target))
+        moved = lk.anchor_lora(B, A, source, target, sides=sides, strength=strength)
+        return adapter, _named(names, moved)  # with the adapter, so that its id stays its own
+
+    return pair.once(("anchor", sides, strength, id(adapter)), find)[1]
 
 
-def restore(pair, adapter, *, directions, strength=1.0):
-    names, B, A = _lists(adapter)
-    source, target = ([m.matrix(n) for n in names] for m in (pair.source, pair.target))
-    moved = lk.restore_lora(B, A, source, target, directions=directions, strength=strength)
-    return _named(names, moved)
+def _leading(pair, names, directions):
+    """Factors that take the leading directions of every layer's drift back."""
+
+    def find():
+        source, target = ([m.matrix(n) for n in names] for m in (pair.source, pair.target))
+        B = [W.new_zeros(len(W), 1) for W in source]
+        A = [W.new_zeros(1, W.shape[1]) for W in source]
+        moved = lk.restore_lora(B, A, source, target, directions=directions)
+        return {n: (b[:, 1:], a[1:]) for n, (b, a) in _named(names, moved).items()}
+
+    return pair.once(("leading", directions, *names), find)
 
 
-def share_by_drift(pair):
-    """How much of the drift to take back: all of a small one, ever less of a larger one."""
-    change = drift(pair.source.weights, pair.target.weights, pair.source.shape.module_names())
-    return min(1.0, (DRIFT_RESTORED / max(change, 1e-12)) ** 2)
+def restore(pair, adapter, *, directions=DIRECTIONS, strength=None, gives_embeddings_back=False):
+    """`lk.restore_lora`, which is one search for directions whatever the adapter.
 
-
-def restore_by_drift(pair, adapter, *, directions):
-    return restore(pair, adapter, directions=directions, strength=share_by_drift(pair))
-
-
-def anchor_and_restore(pair, adapter, *, directions):
-    """Anchor both sides, then take back a share of the drift that is left, by its size."""
-    moved = anchor(pair, adapter, sides="both", rank=2 * _rank(adapter))
-    names, B, A = _lists(adapter)
-    B_new, A_new = (list(x) for x in zip(*(moved[n] for n in names), strict=True))
-    source = [pair.source.matrix(n) for n in names]
-    left = [
-        pair.target.matrix(n) + b @ a - old_b @ old_a
-        for n, b, a, old_b, old_a in zip(names, B_new, A_new, B, A, strict=True)
-    ]
-    strength = share_by_drift(pair)
-    again = lk.restore_lora(B_new, A_new, source, left, directions=directions, strength=strength)
-    return _named(names, again)
-
-
-def _rank(adapter):
-    return next(iter(adapter.factors.values()))[0].shape[1]
-
-
-def restore_by_tool(pair, adapter, *, directions, gives_embeddings_back=False):
-    """The share of each layer's drift that `lorax-transfer` takes unless it is told one."""
-    names, B, A = _lists(adapter)
-    source, target = ([m.matrix(n) for n in names] for m in (pair.source, pair.target))
-    outside = None if gives_embeddings_back else moved_by(pair, [EMBEDDING])
-    drifts = [float((t - s).norm() / s.norm()) for s, t in zip(source, target, strict=True)]
-    shares = [restored_share(each, outside) for each in drifts]
-    moved = lk.restore_lora(B, A, source, target, directions=directions, strength=shares)
-    return _named(names, moved)
+    Without a strength it takes the share of each layer's drift that `lorax-transfer` does.
+    """
+    names = tuple(adapter.factors)
+    shares = dict.fromkeys(names, strength)
+    if strength is None:
+        outside = pair.source.weights.keys() - {f"{n}.weight" for n in names}
+        left = [moved_by(pair, outside - {EMBEDDING})]
+        if not gives_embeddings_back:
+            left.append(moved_by(pair, [EMBEDDING]))
+        for name in names:
+            W_s, W_t = pair.source.matrix(name), pair.target.matrix(name)
+            shares[name] = restored_share(float((W_t - W_s).norm() / W_s.norm()), max(left))
+    moved = {}
+    for name, (undo_B, undo_A) in _leading(pair, names, directions).items():
+        B, A = adapter.factors[name]
+        moved[name] = torch.cat([B, shares[name] * undo_B], 1), torch.cat([A, undo_A])
+    return moved
 
 
 def undo(pair, adapter):
@@ -174,7 +182,7 @@ def same_shape(kind, ranks=(64, 320)):
     methods[f"index copy k={ranks[-1]}"] = partial(index_copy, rank=ranks[-1])
     for sides in ("input", "output", "both"):
         methods[f"anchor {sides}"] = partial(anchor, sides=sides)
-    methods["restore q=16"] = partial(restore, directions=16)
+    methods["restore --strength 1"] = partial(restore, strength=1.0)
     return methods
 
 
@@ -184,91 +192,58 @@ def sweeps():
     for sides in ("input", "output", "both"):
         methods[f"anchor {sides} w=0.5"] = partial(anchor, sides=sides, strength=0.5)
     for q in (4, 64, 192):
-        methods[f"restore q={q}"] = partial(restore, directions=q)
+        methods[f"restore q={q}"] = partial(restore, directions=q, strength=1.0)
     methods["restore q=64 w=0.5"] = partial(restore, directions=64, strength=0.5)
     methods["undo all"] = undo
     return methods
 
 
-def measured(kind, ranks):
-    """Name -> method, as the measurement compares them."""
-    last = ranks[-1]
-    methods = {"copy": copy}
+def measured(kind, ranks, has_embeddings=True):
+    """Name -> method, as the measurement compares them.
+
+    A name like a command is that command of `lorax-transfer`, with its defaults. `has_embeddings`
+    says whether those have a drift that can be taken back.
+    """
+    last, first = ranks[-1], ranks[0]
+    sides = "output" if kind == "lorax" else "both"
+    layers = partial(anchor, sides=sides)
+    methods = {"copy": copy, f"anchor {sides}": layers, "restore": restore}
+    methods["restore --strength 1"] = partial(restore, strength=1.0)
+    if has_embeddings:
+        tool = partial(restore, gives_embeddings_back=True)
+        sixteen = partial(leading, directions=DIRECTIONS)
+        for share in (0.5, 1.0):
+            for name, on_layers in (("copy", copy), ("restore", tool)):
+                methods[f"{name} --embeddings {share:g}"] = partial(
+                    beside, layers=on_layers, part=sixteen, strength=share
+                )
+        full = methods["restore --strength 1"]
+        methods["restore --strength 1 --embeddings 1"] = partial(beside, layers=full, part=sixteen)
+        if kind != "lorax":
+            methods["anchor --embeddings 1"] = partial(beside, layers=layers, part=sixteen)
     if kind == "lorax":
         methods["lorax core"] = cores
-        methods |= {"transport k=64": partial(subspace, method="transport", rank=64)}
-        methods["anchor output"] = partial(anchor, sides="output")
     else:
-        methods["copy x1.2"] = partial(copy, scale=1.2)
-        for rank in ranks:
-            for method in ("lorax", "prolora"):
-                methods[f"{method} k={rank}"] = partial(subspace, method=method, rank=rank)
-        methods["transport k=64"] = partial(subspace, method="transport", rank=64)
-        methods[f"index copy k={last}"] = partial(index_copy, rank=last)
-        methods["anchor output"] = partial(anchor, sides="output")
-        methods["anchor both"] = partial(anchor, sides="both")
-    methods["restore q=16"] = partial(restore, directions=16)
-    methods["restore q=16 w=0.5"] = partial(restore, directions=16, strength=0.5)
-    methods["restore q=16 by drift"] = partial(restore_by_drift, directions=16)
-    if kind == "lora":
-        methods["anchor + restore by drift"] = partial(anchor_and_restore, directions=16)
-    for name, strength in (("", 1.0), (" w=0.5", 0.5)):
-        methods[f"restore q=16{name} with embeddings"] = partial(
-            beside,
-            layers=partial(restore, directions=16, strength=strength),
-            part=partial(leading, directions=16),
-            strength=strength,
-        )
-    methods["undo all"] = undo
-    methods["source's embeddings"] = partial(beside, layers=copy, part=whole)
-    methods["undo all, source's embeddings"] = partial(beside, layers=undo, part=whole)
+        methods[f"lorax k={last}"] = partial(subspace, method="lorax", rank=last)
+        methods[f"prolora k={first}"] = partial(subspace, method="prolora", rank=first)
+    methods[f"transport k={first}"] = partial(subspace, method="transport", rank=first)
     return methods
 
 
-def with_embeddings(kind):
-    """Name -> method, for parts of the embeddings' drift beside what is done to the layers.
-
-    "restore" is the tool's with its defaults, "restore --embeddings W" with that option.
-    """
-    few, sixteen, many = (partial(leading, directions=q) for q in (1, 16, 64))
-    tool = partial(restore_by_tool, directions=16, gives_embeddings_back=True)
-    by_drift = partial(restore_by_drift, directions=16)
-    both = partial(anchor, sides="both")
-    written, read = (partial(met, directions=16, is_written=w) for w in (True, False))
-    methods = {"restore": partial(restore_by_tool, directions=16)}
+def controls():
+    """Name -> other parts of the embeddings' drift, or all of it: no methods to choose."""
+    few, sixteen, many = (partial(leading, directions=q) for q in (1, DIRECTIONS, 64))
+    written, read = (partial(met, directions=DIRECTIONS, is_written=w) for w in (True, False))
     made = {
-        "copy --embeddings 1": {"layers": copy, "part": sixteen},
-        "copy --embeddings 0.5": {"layers": copy, "part": sixteen, "strength": 0.5},
-        "copy + embeddings q=1": {"layers": copy, "part": few},
-        "copy + embeddings q=64": {"layers": copy, "part": many},
-        "copy + embeddings q=16 input": {"layers": copy, "part": sixteen, "sides": (INPUT,)},
-        "copy + embeddings q=16 output": {"layers": copy, "part": sixteen, "sides": (OUTPUT,)},
-        "copy + embeddings written q=16": {"layers": copy, "part": written},
-        "copy + embeddings read q=16": {"layers": copy, "part": read},
-        "copy + embeddings of 4096 tokens": {"layers": copy, "part": partial(rows, count=4096)},
-        "copy + embeddings untaught": {"layers": copy, "part": partial(untaught, share=0.5)},
-        "restore --embeddings 1": {"layers": tool, "part": sixteen},
-        "restore --embeddings 0.5": {"layers": tool, "part": sixteen, "strength": 0.5},
-        "restore by drift + embeddings q=16": {"layers": by_drift, "part": sixteen},
+        "undo all, source's embeddings": {"layers": undo, "part": whole},
+        "source's embeddings": {"part": whole},
+        "copy + embeddings q=1": {"part": few},
+        "copy + embeddings q=64": {"part": many},
+        "copy + embeddings q=16 input": {"part": sixteen, "sides": (INPUT,)},
+        "copy + embeddings q=16 output": {"part": sixteen, "sides": (OUTPUT,)},
+        "copy + embeddings written q=16": {"part": written},
+        "copy + embeddings read q=16": {"part": read},
+        "copy + embeddings of 4096 tokens": {"part": partial(rows, count=4096)},
+        "copy + embeddings untaught": {"part": partial(untaught, share=0.5)},
     }
-    if kind == "lora":
-        made["anchor --embeddings 1"] = {"layers": both, "part": sixteen}
-        made["anchor --embeddings 0.5"] = {"layers": both, "part": sixteen, "strength": 0.5}
-    return methods | {name: partial(beside, **options) for name, options in made.items()}
-
-
-def few(kind, ranks):
-    """The methods that the second task compares."""
-    named = ("copy", "lorax core", "lorax", "prolora", "transport", "anchor", "restore q=16")
-    every = measured(kind, ranks[-1:])
-    return {
-        n: m
-        for n, m in every.items()
-        if n.startswith(named) and "embeddings" not in n and n != "copy x1.2"
-    }
-
-
-def chosen(kind, ranks, patterns):
-    """The methods whose names fit one of some patterns, such as `restore*`."""
-    every = measured(kind, ranks) | with_embeddings(kind)
-    return {n: m for n, m in every.items() if any(fnmatchcase(n, p) for p in patterns)}
+    return {name: partial(beside, **({"layers": copy} | options)) for name, options in made.items()}

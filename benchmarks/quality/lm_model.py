@@ -183,6 +183,26 @@ def head(weights):
     return weights.get(HEAD, weights[EMBEDDING])
 
 
+def captured(run, device):
+    """`run` as one graph on a GPU, after a warm-up; elsewhere itself.
+
+    It has to read and change only tensors that outlive it.
+    """
+    if device.type != "cuda":
+        return run
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def drift(source, target, names):
     """Mean relative change of the weights of `names`."""
     changes = [

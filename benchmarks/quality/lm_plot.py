@@ -3,18 +3,17 @@
 
 import statistics
 
-from .lm_report import KINDS, TASKS, cases
+from .lm_report import TASKS, cases
 
 # What is shown over the drift.
-KEPT = ("copy", "source's embeddings", "prolora k=64", "prolora k=320", "lorax k=320", "lorax k=64")
+KEPT = ("copy", "restore --embeddings 1", "prolora k=64", "lorax k=320")
 WON = (
     "lorax core",
     "transport k=64",
     "anchor output",
     "anchor both",
-    "restore q=16",
-    "restore q=16 w=0.5",
-    "restore q=16 by drift",
+    "restore",
+    "restore --strength 1",
 )
 # What is shown beside its price.
 PRICED = (
@@ -26,21 +25,23 @@ PRICED = (
     "anchor --embeddings 1",
     "restore --embeddings 0.5",
     "restore --embeddings 1",
-    "restore q=16 with embeddings",
+    "restore --strength 1 --embeddings 1",
     "copy + embeddings untaught",
     "copy + embeddings of 4096 tokens",
 )
+# Targets of one kind, more and more of it.
+SERIES = ("near", "mid", "far")
+TEXTS = {"spanish_nll": "own text", "generic_nll": "own text (Wikipedia)"}
 
 
 def over_drift(result, path):
     """Over the drift of the target: the lift that methods keep, and what they win over copying."""
-    related = [c for c in cases(result) if c.task == "enfr" and c.source == "source"]
-    related = [c for c in related if "drift" in result["facts"][c.target]]
+    related = [c for c in cases(result) if c.task == "enfr" and c.target in SERIES]
     if not related:
         return
     figure, axes = _figure(1, 3, (14, 4.4))
     axes = axes[0]
-    lora, lorax = ([c for c in related if c.kind == kind] for kind in KINDS)
+    lora, lorax = ([c for c in related if c.kind == kind] for kind in ("lora", "lorax"))
     facts = result["facts"]
     _lines(axes[0], lora, KEPT, facts, lambda case, method: case.shares(method)[0])
     axes[0].set(title="LoRA: lift kept, %")
@@ -76,23 +77,30 @@ def over_price(result, path):
     related = [c for c in cases(result) if c.kind == "lora" and "copy" in c.methods]
     if not related:
         return
-    figure, axes = _figure(1, len(related), (3.9 * len(related), 4.6))
-    for axis, case in zip(axes.flat, related, strict=True):
-        trained = statistics.mean(row["spanish_nll"] for row in case.trained.values())
+    columns = min(5, len(related))
+    lines = -(-len(related) // columns)
+    figure, axes = _figure(lines, columns, (3.6 * columns, 3.6 * lines + 1.2))
+    for axis in axes.flat[len(related) :]:
+        axis.set_axis_off()
+    for axis, case in zip(axes.flat, related, strict=False):
+        trained = case.mean("trained", case.own)
         axis.axhline(100, color="black", linewidth=1)
         axis.axvline(trained, color="black", linewidth=1, label="trained on the target")
         for i, method in enumerate(m for m in PRICED if m in case.methods):
             gap = [0] if method == "copy" else case.shares(method)[1]
-            x = case.mean(method, "spanish_nll")
-            label = method.replace("restore q=16 with", "restore, --strength 1, with")
+            x = case.mean(method, case.own)
             marker = "osD^v"[i // 10]
-            axis.plot(x, statistics.mean(gap), marker, color=f"C{i % 10}", label=label)
+            axis.plot(x, statistics.mean(gap), marker, color=f"C{i % 10}", label=method)
         title = TASKS[case.task][0]
-        axis.set(title=f"{title}, {case.target}", xlabel="own text, nats")
-    axes.flat[0].set(ylabel="gap between copy and trained closed, %")
-    handles, labels = axes.flat[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, ncols=4, loc="lower center")
-    figure.tight_layout(rect=(0, 0.16, 1, 1))
+        axis.set(title=f"{title}, {case.target}", xlabel=f"{TEXTS[case.own]}, nats")
+    for row in axes:
+        row[0].set(ylabel="gap closed, %")
+    shown = {}
+    for axis in axes.flat:
+        handles, labels = axis.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles, strict=True))
+    figure.legend(shown.values(), shown.keys(), fontsize=8, ncols=4, loc="lower center")
+    figure.tight_layout(rect=(0, 0.75 / (3.6 * lines + 1.2), 1, 1))
     _save(figure, path, is_laid_out=True)
 
 

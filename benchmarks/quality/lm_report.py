@@ -8,7 +8,8 @@ from pathlib import Path
 
 # What the tables of a document stand between.
 BEGIN, END = "<!-- {} -->", "<!-- end of {} -->"
-KINDS = {"lora": "LoRA", "lorax": "LoRA-X"}
+TARGETS = ("near", "mid", "far", "wiki", "merged", "shallow", "narrow")
+KINDS = {"lora": "LoRA", "lorax": "LoRA-X", "attention": "LoRA on attention"}
 TASKS = {"enfr": ("English to French", "bleu"), "xsum": ("one-sentence summaries", "rouge_l")}
 METRICS = {"bleu": "BLEU", "chrf": "chrF", "rouge_l": "ROUGE-L"}
 # They put more of the source back than an adapter holds, or another part of it than the tool does,
@@ -16,14 +17,12 @@ METRICS = {"bleu": "BLEU", "chrf": "chrF", "rouge_l": "ROUGE-L"}
 CONTROLS = (
     "none",
     "trained",
-    "copy x1.2",
-    "index copy k=320",
-    "index copy k=64",
-    "undo all",
     "source's embeddings",
     "undo all, source's embeddings",
     "by share of depth",
     "aligned, not sized",
+    "copy + embeddings q=1",
+    "copy + embeddings q=64",
     "copy + embeddings q=16 input",
     "copy + embeddings q=16 output",
     "copy + embeddings untaught",
@@ -86,8 +85,10 @@ def _spread(values, digits):
 class Case:
     """One task, kind of adapter, source and target: rows by method."""
 
-    def __init__(self, rows, task, kind, source, target):
+    def __init__(self, rows, facts, task, kind, source, target):
         self.task, self.kind, self.source, self.target = task, kind, source, target
+        # The loss on the text that the target was trained on.
+        self.own = f"{facts.get(target, {}).get('text', 'spanish')}_nll"
         own = select(rows, task=task, adapter=kind, source=source, target=target)
         self.methods = {}
         for row in own:
@@ -99,7 +100,7 @@ class Case:
         self.methods.setdefault("trained", self.trained)
 
     def mean(self, method, key="nll"):
-        """Mean over the seeds."""
+        """Mean over the seeds of a score."""
         return statistics.mean(row[key] for row in self.methods[method].values())
 
     def shares(self, method):
@@ -117,13 +118,15 @@ class Case:
         return lift, gap
 
     def candidates(self):
-        """Methods to choose from."""
-        return [m for m in self.methods if m not in CONTROLS]
+        """Methods to choose from, of every seed."""
+        most = max(map(len, self.methods.values()))
+        return [m for m, r in self.methods.items() if m not in CONTROLS and len(r) == most]
 
-    def is_level(self, method, best):
+    def is_level(self, method, best, key="nll"):
         """Whether a method is behind another by no more than two standard errors over the seeds."""
         a, b = self.methods[method], self.methods[best]
-        differences = [a[seed]["nll"] - b[seed]["nll"] for seed in a if seed in b]
+        sign = 1 if key.endswith("nll") else -1  # of losses the lower is better
+        differences = [sign * (a[seed][key] - b[seed][key]) for seed in a if seed in b]
         count = len(differences)
         noise = 2 * statistics.stdev(differences) / count**0.5 if count > 1 else 0.0
         return statistics.mean(differences) <= noise
@@ -142,12 +145,12 @@ def cases(result):
     for row in rows:
         if row.get("source") and row["source"] != row["target"]:
             found[row["task"], row["adapter"], row["source"], row["target"]] = None
-    order = {name: i for i, name in enumerate(("near", "mid", "far", "shallow", "narrow"))}
+    order = {name: i for i, name in enumerate(TARGETS)}
     keys = sorted(
         found,
         key=lambda k: (k[0], k[2] != "source", order.get(k[3], 9), order.get(k[2], 9), k[1]),
     )
-    return [Case(rows, *key) for key in keys]
+    return [Case(rows, result["facts"], *key) for key in keys]
 
 
 def table(case, answers_are_whole=True):
@@ -174,7 +177,7 @@ def table(case, answers_are_whole=True):
             *(_spread([r[k] for r in rows if k in r], 1) for k in keys),
             _spread(lift, 0),
             _spread(gap, 0),
-            _spread([r["spanish_nll"] for r in rows], 2),
+            _spread([r[case.own] for r in rows], 2),
             f"{statistics.median(times):.0f}" if times else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -78,7 +78,9 @@ def moved_by(pair, names):
 def embedding_drift(pair, key):
     """`W_t - W_s` of the embeddings: relative size, and the energy of its leading directions."""
     D = (pair.target.weights[key] - pair.source.weights[key]).double()
+    size = float(D.norm() / pair.source.weights[key].double().norm())
+    if not size:
+        return {"drift": 0.0, "energy": {}}
     values = torch.linalg.eigvalsh(D.mT @ D).flip(0).clamp(min=0)
     share = (values.cumsum(0) / values.sum()).tolist()
-    size = float(D.norm() / pair.source.weights[key].double().norm())
     return {"drift": size, "energy": {q: share[q - 1] for q in (1, 4, 16) if q <= len(share)}}

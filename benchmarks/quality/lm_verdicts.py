@@ -3,13 +3,11 @@
 
 import json
 import re
-import statistics
 from dataclasses import fields
 from pathlib import Path
 
 from lorax_transfer.recommend import recommend
 from lorax_transfer.report import AlignmentFacts, Totals
-from lorax_transfer.settings import restored_share
 
 from .lm_report import KINDS, TASKS, cases, put
 
@@ -22,18 +20,20 @@ SETTINGS = {
     "anchor": ("anchor both", "anchor output"),
     "aligned": ("aligned",),
     "restore": ("restore",),
-    "restore --embeddings 1": ("restore --embeddings 1", "restore q=16 with embeddings"),
+    "restore --embeddings 1": ("restore --embeddings 1",),
 }
 # A strength that the user would have to choose; `scan` says none.
-BY_HAND = (
-    "restore q=16",
-    "restore q=16 w=0.5",
-    "restore q=16 by drift",
-    "restore q=16 with embeddings",
-    "restore q=16 w=0.5 with embeddings",
-    "restore by drift + embeddings q=16",
-    "anchor + restore by drift",
-)
+BY_HAND = ("restore --strength 1", "restore --strength 1 --embeddings 1")
+# What `scan` goes by was set by these.
+FIRST_TARGETS = ("near", "mid", "far", "shallow", "narrow")
+YES_NO = {True: "yes", False: "no", None: ""}
+
+
+def is_held_out(case):
+    """Whether the rule of `scan` was made without this case."""
+    ends = {case.source, case.target}
+    is_first = case.task == "enfr" and case.kind in ("lora", "lorax")
+    return not (is_first and ends & set(FIRST_TARGETS))
 
 
 def _totals(facts, case):
@@ -42,10 +42,7 @@ def _totals(facts, case):
     empty |= dict.fromkeys(
         ("layers", "transferred", "left_out", "excluded", "unvalidated", "above_tolerance"), 0
     )
-    about = facts.get(case.target, {})
-    # Files of before `scan` looked at embeddings have their drift beside.
-    empty["embedding_drift"] = about.get("embeddings", {}).get("drift")
-    scans = about.get("scan", {}).get(f"{case.kind} {case.task}", {})
+    scans = facts.get(case.target, {}).get("scan", {}).get(f"{case.kind} {case.task}", {})
     return [Totals(**(empty | scan | {"methods": {}})) for scan in scans.values()]
 
 
@@ -76,10 +73,6 @@ def verdict(facts, case):
         r"--method (\w+)(?: with (--embeddings 1))?", recommend(found[0], alignment).reason
     )
     wanted = SETTINGS.get(" ".join(filter(None, name.groups())), ()) if name else ()
-    if name and name[1] == "restore" and wanted[0] not in case.methods:
-        # Measured before the tool had this default.
-        share = restored_share(found[0].drift)
-        wanted = (*wanted, "restore q=16" if share > 0.75 else "restore q=16 w=0.5")
     return next((m for m in wanted if m in case.methods), None)
 
 
@@ -87,11 +80,11 @@ def check_scan(facts, case):
     """What `scan` says of a case, and what was best at its own strength and at any."""
     said = verdict(facts, case)
     named = case.candidates()
-    # In files of before there were defaults, a strength by hand stands for one.
-    at_default = [m for m in named if m not in BY_HAND or "restore" not in case.methods]
+    at_default = [m for m in named if m not in BY_HAND]
     best, best_at_any = (min(names, key=case.mean) for names in (at_default, named))
     return {
         "case": f"{TASKS[case.task][0]}, {KINDS[case.kind]}, {case.source} to {case.target}",
+        "is held out": is_held_out(case),
         "said": said,
         "best": best,
         "is right": case.is_lost() if said is None else case.is_level(said, best),
@@ -99,24 +92,40 @@ def check_scan(facts, case):
         "is right at any": case.is_lost() if said is None else case.is_level(said, best_at_any),
         "behind": None if said is None else case.mean(said) - case.mean(best_at_any),
         "price": _price(case, said, best_at_any),
-    }
+    } | _by_writing(case, said, at_default)
+
+
+def _by_writing(case, said, named):
+    """The same by BLEU or ROUGE-L, at the tool's strength."""
+    key = TASKS[case.task][1]
+    named = [m for m in named if all(key in row for row in case.methods[m].values())]
+    if not named:
+        return {"best written": None, "is right written": None}
+    best = max(named, key=lambda method: case.mean(method, key))
+    if said is None:
+        return {"best written": best, "is right written": case.is_lost()}
+    right = said in named and case.is_level(said, best, key)
+    return {"best written": best, "is right written": right}
 
 
 def _price(case, *methods):
     """What methods cost the target's own text beyond an adapter trained on the target."""
     if "copy" not in case.methods or None in methods:
         return None
-    ceiling = statistics.mean(row["spanish_nll"] for row in case.trained.values())
-    return [case.mean(method, "spanish_nll") - ceiling for method in methods]
+    ceiling = case.mean("trained", case.own)
+    return [case.mean(method, case.own) - ceiling for method in methods]
 
 
 def table(rows):
-    """The rows of `check_scan`, and a count."""
+    """The rows of `check_scan`, and counts."""
     heads = [
         "case",
+        "held out",
         "scan says",
         "best method",
         "right",
+        "best by BLEU or ROUGE-L",
+        "right by it",
         "best at any strength",
         "ahead by, nats",
         "own text, nats beyond trained: scan's, best's",
@@ -125,23 +134,33 @@ def table(rows):
     for row in rows:
         cells = [
             row["case"],
+            "yes" if row["is held out"] else "",
             row["said"] or "do not",
             row["best"],
-            "yes" if row["is right"] else "no",
+            YES_NO[row["is right"]],
+            row["best written"] or "",
+            YES_NO[row["is right written"]],
             row["best at any"],
             "" if row["behind"] is None else f"{row['behind']:.3f}",
             "" if row["price"] is None else ", ".join(f"{x:+.2f}" for x in row["price"]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    count = len(rows)
-    right, at_any = (sum(row[key] for row in rows) for key in ("is right", "is right at any"))
     lines += [
         "",
-        f"Right in {right} of {count} cases: it names the best method at the tool's strength, or "
-        "one that is behind by no more than two standard errors; or it says do not where no method "
-        f"keeps half of the lift. Against every strength that was measured, {at_any} of {count}.",
+        f"Right in {_count(rows, 'is right')} cases: it names the method with the lowest loss at "
+        "the tool's strength, or one that is behind by no more than two standard errors; or it "
+        "says do not where no method keeps half of the lift. By BLEU or ROUGE-L, with the same "
+        f"margin, {_count(rows, 'is right written')}; by loss against every strength that was "
+        f"measured, {_count(rows, 'is right at any')}.",
     ]
     return "\n".join(lines)
+
+
+def _count(rows, key):
+    told = [row for row in rows if row[key] is not None]
+    held_out = [row for row in told if row["is held out"]]
+    right, apart = (sum(row[key] for row in some) for some in (told, held_out))
+    return f"{right} of {len(told)} ({apart} of {len(held_out)} held out)"
 
 
 def report(paths, document=None):

@@ -69,6 +69,8 @@ class Sizes:
         self.lab, self.size = lab, size
         self.dtype = torch.bfloat16 if lab.device.type == "cuda" else torch.float32
         self.adapters, self.forms, self.found = {}, {}, None
+        test = lab.examples(TASK, "test")
+        self.words = Examples([tokens[:-1] for tokens in test.tokens], test.starts)
 
     def run(self):
         """Everything, in an order in which a run that is cut short has the most."""
@@ -111,12 +113,9 @@ class Sizes:
         return best
 
     def score(self, label, factors, **row):
-        """Add a row; answers are written as well where a table has a place for them."""
-        made = row["method"] in ("none", "trained") or row["method"].startswith("followed")
-        row = self.lab.score(label, TASK, factors, generate=made, skill=False, **row)
-        found = self.lab.examples(TASK, "test")
-        words = Examples([tokens[:-1] for tokens in found.tokens], found.starts)
-        row["words_nll"] = self.lab.evaluator(label).answer_loss(words, LENGTH[TASK])
+        """Add a row."""
+        row = self.lab.score(label, TASK, factors, skill=False, **row)
+        row["words_nll"] = self.lab.evaluator(label).answer_loss(self.words, LENGTH[TASK])
         text = " ".join(f"{key}={row[key]}" for key in ("source", "seed") if key in row)
         self.lab.log(f"{label} {row['method']} {text}: {row['nll']:.4f}, {row['words_nll']:.4f}")
 

@@ -26,7 +26,7 @@ def test_a_verdict_is_right_by_what_was_measured():
         "copy": (2.0, 2.1),
         "restore": (2.2, 2.2),
         "restore --embeddings 1": (1.2, 2.4),
-        "restore q=16 with embeddings": (1.1, 3.0),
+        "restore --strength 1 --embeddings 1": (1.1, 3.0),
     }
     row = {"task": "enfr", "source": "source", "target": "far", "adapter": "lora"}
     rows = [{"task": "enfr", "target": "far", "method": "none", "nll": 4.0, "spanish_nll": 1.9}]
@@ -39,13 +39,23 @@ def test_a_verdict_is_right_by_what_was_measured():
     scan = {"drift": 0.01, "embedding_drift": 0.1, "similarity_excess": 1.0, "untouched_drift": 0.0}
     facts = {"far": {"drift": 0.01, "scan": {"lora enfr": {"0": scan}}}}
 
-    (case,) = lm_report.cases({"rows": rows})
+    (case,) = lm_report.cases({"rows": rows, "facts": facts})
     found = lm_verdicts.check_scan(facts, case)
     assert found["said"] == found["best"] == "restore --embeddings 1"
     assert found["is right"]
-    assert found["best at any"] == "restore q=16 with embeddings"
+    assert found["best at any"] == "restore --strength 1 --embeddings 1"
     assert not found["is right at any"]
     assert found["price"] == pytest.approx([0.4, 1.0])
+    assert not found["is held out"]
+    assert found["is right written"] is None
+    # By what is written, more is better, and another method may be best.
+    for row in rows:
+        row["bleu"] = 20.0 + (row["method"] == "copy") + 0.1 * row.get("seed", 0)
+    found = lm_verdicts.check_scan(facts, case)
+    assert (found["best written"], found["is right written"]) == ("copy", False)
+    case.kind = "attention"
+    assert lm_verdicts.is_held_out(case)
+    case.kind = "lora"
     # Embeddings that hardly moved stay, and that loses to copying here.
     scan["embedding_drift"] = 0.01
     found = lm_verdicts.check_scan(facts, case)

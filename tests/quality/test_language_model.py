@@ -105,6 +105,23 @@ def test_greedy_answers_are_those_of_transformers(weights, reference, examples):
         assert answer == (expected[: expected.index(2)] if 2 in expected else expected)
 
 
+def test_longer_prompts_and_ended_rows_do_not_change_an_answer(weights, examples):
+    """Side by side with others, each prompt is answered as it is alone, for whatever is loaded."""
+    evaluator = lm_eval.Evaluator(SHAPE, weights)
+    g = torch.Generator().manual_seed(0)
+    for scale in (0.0, 0.2):
+        other = {
+            n: w + scale * w.std() * torch.randn(w.shape, generator=g) if w.dim() == 2 else w
+            for n, w in weights.items()
+        }
+        evaluator.load(other)
+        together = evaluator.answers(examples, 24)
+        assert len({len(answer) for answer in together}) > 3
+        for i in range(0, len(examples), 12):
+            one = lm_data.Examples([examples.tokens[i]], examples.starts[i : i + 1])
+            assert lm_eval.Evaluator(SHAPE, other).answers(one, 24) == [together[i]]
+
+
 def make(form, weights):
     if form == "lora":
         return lm_adapters.Lora({n: tuple(weights[f"{n}.weight"].shape) for n in NAMES}, 4)
@@ -286,7 +303,8 @@ def test_every_method_keeps_shapes_and_copy_is_the_adapter(weights, examples, ki
     pair = lm_methods.Pair(
         lm_methods.Model("source", SHAPE, weights), lm_methods.Model("target", SHAPE, other)
     )
-    methods = lm_methods.same_shape(kind, ranks=(8, 16)) | lm_methods.chosen(kind, (8, 16), ["*"])
+    methods = lm_methods.same_shape(kind, ranks=(8, 16)) | lm_methods.measured(kind, (8, 16))
+    methods |= lm_methods.controls()
     for name, move in methods.items():
         moved = move(pair, adapter)
         assert moved.keys() - {lm_embeddings.INPUT, lm_embeddings.OUTPUT} == adapter.factors.keys()
@@ -295,6 +313,33 @@ def test_every_method_keeps_shapes_and_copy_is_the_adapter(weights, examples, ki
             assert (B @ A).shape == weights[f"{tied}.weight"].shape
             if name == "copy":
                 torch.testing.assert_close(B @ A, torch.mm(*adapter.factors[layer]))
+
+
+@pytest.mark.parametrize("strength", [0.3, 1.0, None], ids=["some", "all", "as the tool"])
+def test_directions_found_once_are_what_the_library_takes_back(weights, examples, strength):
+    g = torch.Generator().manual_seed(0)
+    other = {n: w + 0.02 * w.std() * torch.randn(w.shape, generator=g) for n, w in weights.items()}
+    pair = lm_methods.Pair(
+        lm_methods.Model("source", SHAPE, weights), lm_methods.Model("target", SHAPE, other)
+    )
+    form = make("lora", weights)
+    for adapter in train(weights, form, examples, [0, 1], [1e-2, 1e-2], steps=2)[0]:
+        known = pair.saved
+        moved = lm_methods.restore(pair, adapter, directions=5, strength=strength)
+        for name in NAMES:
+            B, A = adapter.factors[name]
+            W_s, W_t = weights[f"{name}.weight"], other[f"{name}.weight"]
+            # All that the adapter is not on moved about as far: half at the least, of 2 %.
+            w = 0.5 if strength is None else strength
+            b, a = lk.restore_lora(B, A, W_s, W_t, directions=5, strength=w)
+            # Which of nearly equal directions are found depends on the batch (`lk.restore_lora`):
+            # the energy that is taken back does not.
+            for found in (moved[name][0] @ moved[name][1], b @ a):
+                left = W_t - W_s + found - B @ A
+                taken = (W_t - W_s).square().sum() - left.square().sum()
+                best = torch.linalg.svdvals(W_t - W_s)[:5].square().sum() * (2 * w - w * w)
+                assert taken == pytest.approx(float(best), rel=2e-2)
+    assert pair.saved > known
 
 
 def test_embeddings_are_given_back_on_the_side_that_is_named(weights):
@@ -376,7 +421,8 @@ TINY = dataclasses.replace(
     lm_lab.FULL,
     steps={"enfr": 16, "xsum": 4},
     batch={"enfr": 8, "xsum": 4},
-    targets={"mid": 4, "far": 8},
+    targets={"near": 2, "mid": 4, "far": 8},
+    others={"wiki": 3, "merged": 3},
     target_rate=1e-3,
     target_batch=2,
     heal_steps=3,
@@ -390,11 +436,18 @@ TINY = dataclasses.replace(
         ("lora", "enfr"): [1e-2, 2e-2],
         ("lorax", "enfr"): [2e-2],
         ("lora", "xsum"): [1e-2],
+        ("attention", "enfr"): [1e-2],
     },
     core=8,
     ranks=(8, 16),
     train_length={"enfr": 12, "xsum": 12},
-    second_task={"lora": ("mid",)},
+    cases=(
+        ("lora", "enfr", ("far", "merged")),
+        ("lorax", "enfr", ("mid",)),
+        ("lora", "xsum", ("mid", "wiki")),
+        ("attention", "enfr", ("mid",)),
+    ),
+    controls=(("lora", "enfr", ("far",)),),
     skill_rows=2,
 )
 
@@ -405,11 +458,14 @@ def test_what_is_late_is_left_out(folder, tmp_path, weights, capsys):
     )
     lm_measure.Measurement(lab).run()
     log = capsys.readouterr().out
-    assert "late: xsum, lora is left out" in log
+    assert "late: xsum, wiki, lora is left out" in log
     assert "failed" not in log
 
 
-def test_measurement_from_training_to_document(folder, tmp_path, weights, capsys):
+def test_measurement_from_training_to_document(folder, tmp_path, weights, capsys, monkeypatch):
+    # These texts are short.
+    monkeypatch.setattr(lm_lab, "LENGTH", dict.fromkeys(lm_lab.LENGTH, 12))
+    monkeypatch.setattr(lm_lab, "ANSWER", dict.fromkeys(lm_lab.ANSWER, 8))
     pytest.importorskip("sacrebleu")
     pytest.importorskip("rouge_score")
     pytest.importorskip("matplotlib")
@@ -424,14 +480,25 @@ def test_measurement_from_training_to_document(folder, tmp_path, weights, capsys
     result = json.loads((tmp_path / "out.json").read_text())
     rows = result["rows"]
     assert all(("bleu" if row["task"] == "enfr" else "rouge_l") in row for row in rows)
-    assert {row["target"] for row in rows} == {"source", "mid", "far", "shallow", "narrow"}
+    assert {row["target"] for row in rows} == {"source", *lm_report.TARGETS} - {"near"}
     # Anything else would be another model than the source in all but the norms' weights.
     own = lm_report.select(rows, source="source", target="source", task="enfr", adapter="lora")
     undone = lm_report.select(rows, target="far", method="undo all, source's embeddings")
     losses = {row["seed"]: row["nll"] for row in undone if row["adapter"] == "lora"}
     assert losses == pytest.approx({row["seed"]: row["nll"] for row in own}, abs=0.02)
     found = lm_report.cases(result)
-    assert len(found) == 2 * 2 + 4 + 1
+    assert len(found) == 6 + 4
+    # What a LoRA was merged in for left the embeddings alone: there is nothing to give back.
+    merged = next(c for c in found if c.target == "merged")
+    assert merged.own == "generic_nll"
+    assert not [name for name in merged.methods if "embeddings" in name]
+    whole = next(c for c in found if (c.target, c.kind) == ("far", "lora"))
+    assert {"restore", "restore --embeddings 0.5", "copy + embeddings q=1"} < whole.methods.keys()
+    bases = result["facts"]["source"]["bases_ms"]
+    assert bases.keys() == {"8"}
+    scans = result["facts"]["mid"]["scan"]
+    adapted = {key: scan["0"]["layers"] for key, scan in scans.items()}
+    assert adapted == {"lorax enfr": 21, "lora xsum": 21, "attention enfr": 12}
     far = next(c for c in found if (c.target, c.kind) == ("far", "lora"))
     lift, gap = far.shares("trained")
     assert lift == pytest.approx([100, 100])
@@ -463,24 +530,4 @@ def test_measurement_from_training_to_document(folder, tmp_path, weights, capsys
         assert (tmp_path / "plot.png").stat().st_size > 10_000
         (tmp_path / "plot.png").unlink()
     lm_verdicts.report([tmp_path / "out.json", tmp_path / "out.json"])
-    assert f"of {len(found)} cases" in capsys.readouterr().out
-
-
-def test_some_methods_are_measured_again(folder, tmp_path, weights, capsys):
-    scale = dataclasses.replace(TINY, seeds=(0,)).again(["mid"])
-    lab = lm_lab.Lab(
-        folder, tmp_path / "out.json", device="cpu", scale=scale, source=(SHAPE, weights)
-    )
-    measurement = lm_measure.Measurement(
-        lab, ["copy", "copy + embeddings q=1*", "restore", "* --embeddings 1"]
-    )
-    measurement.run()
-    log = capsys.readouterr().out
-    assert "failed" not in log
-    assert "late" not in log
-    found = {row["method"] for row in lab.rows if row["target"] == "mid"}
-    assert {"none", "copy", "copy + embeddings q=1", "copy + embeddings q=16 input"} < found
-    assert {"restore", "restore --embeddings 1", "anchor --embeddings 1"} < found
-    assert found.isdisjoint({"trained", "copy x1.2", "restore q=16", "copy --embeddings 0.5"})
-    assert {row["target"] for row in lab.rows} == {"source", "mid"}
-    assert measurement._rate["lora", "enfr"] == lm_lab.WON["lora", "enfr"][0]
+    assert f"of {len(found)} (4 of 4 held out); by loss against" in capsys.readouterr().out
