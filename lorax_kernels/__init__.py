@@ -11,6 +11,7 @@ from .alignment import match_depth as match_depth
 from .alignment import procrustes as procrustes
 from .anchor import anchor_lora as anchor_lora
 from .drift import drift_product as drift_product
+from .pieces import split_bfloat16 as split_bfloat16
 from .product import svd_product as svd_product
 from .restore import restore_embedding as restore_embedding
 from .restore import restore_lora as restore_lora

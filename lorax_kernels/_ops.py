@@ -152,6 +152,33 @@ def _shift_fake(Z: torch.Tensor, X: torch.Tensor, a: torch.Tensor, s: torch.Tens
     return torch.empty_like(Z, memory_format=torch.contiguous_format)
 
 
+def check_stack_halves(matrices: Sequence[torch.Tensor], exponents: Sequence[int]) -> None:
+    """Raises ValueError or TypeError unless `stack_halves` can take these lists."""
+    if not matrices or len(matrices) != len(exponents):
+        raise ValueError(
+            "there must be a matrix, and an exponent for each, got "
+            f"{len(matrices)} and {len(exponents)}"
+        )
+    first = matrices[0]
+    if first.dim() != 2:
+        raise ValueError(f"matrices must have two sides, got shape {tuple(first.shape)}")
+    if first.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"matrices must be bfloat16 or float16, got {first.dtype}")
+    for matrix in matrices:
+        _same("shapes of all matrices", tuple(first.shape), tuple(matrix.shape))
+        _same("dtypes of all matrices", first.dtype, matrix.dtype)
+        _same("devices of all matrices", first.device, matrix.device)
+
+
+def _stack_halves_fake(matrices: Sequence[torch.Tensor], exponents: Sequence[int]) -> torch.Tensor:
+    check_stack_halves(matrices, exponents)
+    return matrices[0].new_empty(len(matrices), *matrices[0].shape, dtype=torch.float16)
+
+
+def _is_basis(X: torch.Tensor) -> bool:
+    return X.dim() == 2 or (X.dim() == 3 and len(X) == 2 and X.dtype == torch.bfloat16)
+
+
 def check_project(
     blocks: Sequence[torch.Tensor], read: Sequence[torch.Tensor], write: Sequence[torch.Tensor]
 ) -> None:
@@ -172,8 +199,14 @@ def check_project(
                 f"entry {i}: block and bases must be floating point, got {B.dtype}, {Q.dtype} "
                 f"and {P.dtype}"
             )
-        _same(f"entry {i}: rows of the block and of its read basis", B.shape[0], Q.shape[0])
-        _same(f"entry {i}: ranks of the two bases", Q.shape[1], P.shape[1])
+        if B.dim() != 2 or not _is_basis(Q) or not _is_basis(P):
+            raise ValueError(
+                f"entry {i}: block and bases must be matrices, or a basis two bfloat16 pieces "
+                f"(2, rows, rank), got shapes {tuple(B.shape)}, {tuple(Q.shape)} and "
+                f"{tuple(P.shape)} in {B.dtype}, {Q.dtype} and {P.dtype}"
+            )
+        _same(f"entry {i}: rows of the block and of its read basis", B.shape[0], Q.shape[-2])
+        _same(f"entry {i}: ranks of the two bases", Q.shape[-1], P.shape[-1])
         if not B.device == Q.device == P.device:
             raise ValueError(
                 f"entry {i}: block and bases must be on one device, got {B.device}, {Q.device} "
@@ -190,7 +223,7 @@ def _project_fake(
     blocks: Sequence[torch.Tensor], read: Sequence[torch.Tensor], write: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     check_project(blocks, read, write)
-    return [B.new_empty(P.shape[0], B.shape[1]) for B, P in zip(blocks, write, strict=True)]
+    return [B.new_empty(P.shape[-2], B.shape[1]) for B, P in zip(blocks, write, strict=True)]
 
 
 _define(

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copies a list of matrices of any strides and float types into rows, converting, in one launch for
 // some hundreds of them. A plain grid, for every architecture; no torch header.
+//
+// A matrix may lie in parts that add up to it, and may be written in such: in two or three bfloat16
+// matrices, each the rounding of what those before it left, so that tensor cores multiply it.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,18 +19,23 @@ namespace lorax {
 
 enum class Float { kBFloat16, kFloat16, kFloat32, kFloat64 };
 
-// to[i * to_row + j] = from[i * from_row + j * from_column], i < rows, j < columns.
+// sum_p to[i * to_row + j + p * to_part] = sum_p from[i * from_row + j * from_column + p *
+// from_part], i < rows, j < columns.
 struct Conversion {
   const void* from;
   void* to;
   int64_t from_row, from_column, to_row;
   int rows, columns;  // rows * columns < 2^31
   Float from_type, to_type;
+  int from_parts = 1, to_parts = 1;
+  int64_t from_part = 0, to_part = 0;
 };
+
+constexpr int kMostParts = 3;  // bfloat16 numbers that hold a float32
 
 // Lists travel as kernel parameters (up to 32764 bytes since CUDA 12.1): no pinned buffer to keep
 // alive, and a captured graph holds its own copy.
-constexpr int kConversions = 500;
+constexpr int kConversions = 400;
 struct Conversions {
   Conversion entry[kConversions];
 };
@@ -51,8 +59,9 @@ __device__ inline To narrow(From x) {
   }
 }
 
-template <typename To, typename From>
+template <typename To, typename From, bool kInParts>
 __device__ void convert_matrix(const Conversion& x) {
+  using Wide = std::conditional_t<std::is_same_v<From, double>, double, decltype(widen(To()))>;
   const auto* from = static_cast<const From*>(x.from);
   auto* to = static_cast<To*>(x.to);
   const uint32_t count = uint32_t(x.rows) * uint32_t(x.columns), columns = x.columns;
@@ -61,7 +70,33 @@ __device__ void convert_matrix(const Conversion& x) {
 #pragma unroll 4
   for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
     const uint32_t row = i / columns, column = i - row * columns;
-    to[row * x.to_row + column] = narrow<To>(from[row * x.from_row + column * x.from_column]);
+    const From* source = from + row * x.from_row + column * x.from_column;
+    To* target = to + row * x.to_row + column;
+    if constexpr (!kInParts) {
+      *target = narrow<To>(*source);
+    } else {
+      Wide sum = 0;
+#pragma unroll
+      for (int p = 0; p < kMostParts; ++p) {
+        if (p < x.from_parts) sum += widen(source[p * x.from_part]);
+      }
+#pragma unroll
+      for (int p = 0; p < kMostParts; ++p) {
+        if (p == x.to_parts) break;
+        const To part = narrow<To>(sum);
+        target[p * x.to_part] = part;
+        sum -= widen(part);
+      }
+    }
+  }
+}
+
+template <typename To, typename From>
+__device__ void convert_from(const Conversion& x) {
+  if (x.from_parts == 1 && x.to_parts == 1) {
+    convert_matrix<To, From, false>(x);
+  } else {
+    convert_matrix<To, From, true>(x);
   }
 }
 
@@ -69,13 +104,13 @@ template <typename To>
 __device__ void convert_to(const Conversion& x) {
   switch (x.from_type) {
     case Float::kBFloat16:
-      return convert_matrix<To, __nv_bfloat16>(x);
+      return convert_from<To, __nv_bfloat16>(x);
     case Float::kFloat16:
-      return convert_matrix<To, __half>(x);
+      return convert_from<To, __half>(x);
     case Float::kFloat32:
-      return convert_matrix<To, float>(x);
+      return convert_from<To, float>(x);
     case Float::kFloat64:
-      return convert_matrix<To, double>(x);
+      return convert_from<To, double>(x);
   }
 }
 

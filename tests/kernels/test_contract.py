@@ -24,7 +24,8 @@ def _inputs(n: int, l: int) -> dict[str, tuple]:
     X = torch.randn(2, n, l)
     W = torch.randn(2, n, 5).bfloat16()
     H = torch.randn(2, l, l)
-    lists = [torch.randn(n, 3)], [torch.randn(n, 2)], [torch.randn(7, 2)]
+    pieces = torch.randn(2, 7, 2).bfloat16()
+    lists = [torch.randn(n, 3)] * 2, [torch.randn(n, 2)] * 2, [torch.randn(7, 2), pieces]
     return {
         "thin_matmul": (W, X, True, 2),
         "gram": (X, torch.float32),

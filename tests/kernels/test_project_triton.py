@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from project_cases import DTYPES, errors, make_layers
+from project_cases import BASES, DTYPES, errors, make_layers
 
 pytest.importorskip("triton")
 # Interpreted, a launch takes seconds: two layers, with every kind of edge between them.
@@ -20,14 +20,18 @@ interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 @pytest.mark.skipif(not interpreted, reason="needs TRITON_INTERPRET=1 before triton is imported")
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 @pytest.mark.parametrize(
-    ("factor", "basis"),
-    [("bf16", "bf16"), ("fp16", "bf16"), ("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp64")],
+    ("factor", "read", "write"),
+    [
+        *[("bf16", "bf16", "bf16"), ("fp16", "bf16", "bf16"), ("fp32", "fp32", "fp32")],
+        *[("fp32", "bf16", "bf16"), ("fp32", "fp64", "fp64"), ("bf16", "2xbf16", "2xbf16")],
+        *[("fp16", "2xbf16", "bf16"), ("fp32", "2xbf16", "2xbf16"), ("fp32", "fp32", "2xbf16")],
+    ],
 )
-def test_interpreted(factor, basis):
+def test_interpreted(factor, read, write):
     from lorax_kernels.ops import project
 
     generator = torch.Generator().manual_seed(4)
-    layers = make_layers(FEW, DTYPES[factor], DTYPES[basis], DTYPES[basis], generator)
+    layers = make_layers(FEW, DTYPES[factor], BASES[read], BASES[write], generator)
     results = project(*layers, backend="triton")
     # The interpreter cuts float32 to bfloat16 where a GPU rounds, which doubles that error.
     slack = 2 if factor == "bf16" else 1
@@ -47,8 +51,10 @@ def test_in_the_interpreter():
 
 @pytest.mark.skipif(interpreted, reason="interpreted kernels are not compiled")
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("is_exact", [True, False], ids=["bf16", "fp32"])
-def test_compiles(capability, is_exact):
+@pytest.mark.parametrize(
+    ("is_exact", "pieces"), [(True, 1), (True, 2), (False, 1)], ids=["bf16", "2xbf16", "fp32"]
+)
+def test_compiles(capability, is_exact, pieces):
     """Compiles, and reads a bfloat16 basis with 16-byte accesses."""
     import triton
     import triton.language as tl
@@ -59,7 +65,7 @@ def test_compiles(capability, is_exact):
     dtype = tl.bfloat16 if is_exact else tl.float32
     out = "*bf16" if is_exact else "*fp32"
     shared = {"R": 16, "PANEL": 64}
-    precision = {"IS_EXACT": is_exact, "OPERAND": tl.bfloat16, "IS_ALIGNED": True}
+    precision = {"PIECES": pieces, "IS_EXACT": is_exact, "OPERAND": tl.bfloat16, "IS_ALIGNED": True}
     parts = (1, 2) if is_exact else (3, 3)
     tables = {"table": "*i64", "items": "*i32"}
     cases = [

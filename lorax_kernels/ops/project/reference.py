@@ -7,6 +7,12 @@ import torch
 _NARROW = 12
 
 
+def _whole(basis: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A basis as one matrix, also where it came in two pieces."""
+    basis = basis.to(dtype)
+    return basis if basis.dim() == 2 else basis[0] + basis[1]
+
+
 def project_reference(
     blocks: list[torch.Tensor], read: list[torch.Tensor], write: list[torch.Tensor]
 ) -> list[torch.Tensor]:
@@ -19,8 +25,8 @@ def project_reference(
     results = []
     for B, Q, P in zip(blocks, read, write, strict=True):
         working = torch.float64 if B.dtype == torch.float64 else torch.float32
-        reads = Q.to(working)
-        writes = reads if P is Q else P.to(working)
+        reads = _whole(Q, working)
+        writes = reads if P is Q else _whole(P, working)
         X = B.to(working)
         C = (X.mT @ reads).mT if X.shape[1] < _NARROW else reads.mT @ X
         results.append((writes @ C).to(B.dtype))

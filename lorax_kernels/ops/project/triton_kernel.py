@@ -8,15 +8,16 @@ import triton.language as tl
 # their loads, and its interpreter takes no bounds from tensors.
 
 # Columns of a table row. Pointers and strides of one layer, then its sizes and first indices.
-_FIELDS = tl.constexpr(15)
+_FIELDS = tl.constexpr(17)
 _BLOCK, _READ, _WRITE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _BLOCK_ROW, _BLOCK_COLUMN = tl.constexpr(3), tl.constexpr(4)
 _READ_ROW, _WRITE_ROW = tl.constexpr(5), tl.constexpr(6)
-_M, _P, _K, _R = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
-_CHUNKS = tl.constexpr(11)
-_PARTIAL = tl.constexpr(12)  # first panel (PANEL x R elements) of its partial sums
-_COORDINATE = tl.constexpr(13)  # first panel of its coordinates
-_OUT = tl.constexpr(14)  # first element of its result
+_READ_PIECE, _WRITE_PIECE = tl.constexpr(7), tl.constexpr(8)
+_M, _P, _K, _R = tl.constexpr(9), tl.constexpr(10), tl.constexpr(11), tl.constexpr(12)
+_CHUNKS = tl.constexpr(13)
+_PARTIAL = tl.constexpr(14)  # first panel (PANEL x R elements) of its partial sums
+_COORDINATE = tl.constexpr(15)  # first panel of its coordinates
+_OUT = tl.constexpr(16)  # first element of its result
 
 
 @triton.jit
@@ -78,6 +79,7 @@ def project_read_kernel(
     PANEL: tl.constexpr,
     CHUNK_ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    PIECES: tl.constexpr,  # of a basis
     IS_EXACT: tl.constexpr,
     PARTS: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -95,9 +97,11 @@ def project_read_kernel(
     block_row = _field(table, layer, _BLOCK_ROW)
     block_column = _field(table, layer, _BLOCK_COLUMN)
     basis = _field(table, layer, _READ).to(tl.pointer_type(BASIS))
+    next_piece = _field(table, layer, _READ_PIECE)
     if IS_ALIGNED:
         basis = tl.multiple_of(basis, 16)
         stride = tl.multiple_of(stride, 8)
+        next_piece = tl.multiple_of(next_piece, 8)
         k = tl.multiple_of(k, 8)
     block = _field(table, layer, _BLOCK).to(tl.pointer_type(FACTOR))
     columns = panel * PANEL + tl.arange(0, PANEL)
@@ -107,17 +111,18 @@ def project_read_kernel(
     for start in range(0, CHUNK_ROWS, TILE):
         rows = chunk * CHUNK_ROWS + start + tl.arange(0, TILE)
         wide = rows.to(tl.int64)
-        Q = tl.load(
-            basis + wide[:, None] * stride + columns[None, :],
-            mask=(rows < end)[:, None] & (columns < k)[None, :],
-            other=0.0,
-        )
         B = tl.load(
             block + wide[:, None] * block_row + ranks[None, :] * block_column,
             mask=(rows < end)[:, None] & (ranks < r)[None, :],
             other=0.0,
         )
-        sum = _dot(tl.trans(Q), B, sum, IS_EXACT, PARTS, OPERAND)
+        for piece in tl.static_range(PIECES - 1, -1, -1):  # small first
+            Q = tl.load(
+                basis + piece * next_piece + wide[:, None] * stride + columns[None, :],
+                mask=(rows < end)[:, None] & (columns < k)[None, :],
+                other=0.0,
+            )
+            sum = _dot(tl.trans(Q), B, sum, IS_EXACT, PARTS, OPERAND)
     target = partials + (_field(table, layer, _PARTIAL) + chunk * tl.cdiv(k, PANEL)) * PANEL * R
     tl.store(target + columns[:, None] * R + ranks[None, :], sum)
 
@@ -161,6 +166,7 @@ def project_write_kernel(
     PANEL: tl.constexpr,
     PANELS: tl.constexpr,  # the most of any layer
     TILE: tl.constexpr,
+    PIECES: tl.constexpr,  # of a basis
     IS_EXACT: tl.constexpr,
     PARTS: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -175,9 +181,11 @@ def project_write_kernel(
     r = _field(table, layer, _R).to(tl.int32)
     stride = _field(table, layer, _WRITE_ROW).to(tl.int32)
     basis = _field(table, layer, _WRITE).to(tl.pointer_type(BASIS))
+    next_piece = _field(table, layer, _WRITE_PIECE)
     if IS_ALIGNED:
         basis = tl.multiple_of(basis, 16)
         stride = tl.multiple_of(stride, 8)
+        next_piece = tl.multiple_of(next_piece, 8)
         k = tl.multiple_of(k, 8)
     rows = tile * TILE + tl.arange(0, TILE)
     wide = rows.to(tl.int64)
@@ -187,17 +195,18 @@ def project_write_kernel(
     padded = tl.cdiv(k, PANEL) * PANEL
     for start in range(0, PANELS * PANEL, PANEL):
         columns = start + tl.arange(0, PANEL)
-        P = tl.load(
-            basis + wide[:, None] * stride + columns[None, :],
-            mask=(rows < p)[:, None] & (columns < k)[None, :],
-            other=0.0,
-        )
         C = tl.load(
             source + columns[:, None] * R + ranks[None, :],
             mask=(columns < padded)[:, None] & (ranks < R)[None, :],
             other=0.0,
         )
-        sum = _dot(P, C, sum, IS_EXACT, PARTS, OPERAND)
+        for piece in tl.static_range(PIECES - 1, -1, -1):
+            P = tl.load(
+                basis + piece * next_piece + wide[:, None] * stride + columns[None, :],
+                mask=(rows < p)[:, None] & (columns < k)[None, :],
+                other=0.0,
+            )
+            sum = _dot(P, C, sum, IS_EXACT, PARTS, OPERAND)
     target = out + _field(table, layer, _OUT) + wide[:, None] * r + ranks[None, :]
     mask = (rows < p)[:, None] & (ranks < r)[None, :]
     tl.store(target, sum.to(out.dtype.element_ty), mask=mask)

@@ -38,7 +38,7 @@ class _Plan:
 
     def __init__(self, layers: tuple[tuple[int, ...], ...], R: int, device: torch.device) -> None:
         rows = torch.tensor(layers, dtype=torch.int64)
-        m, p, k, r = (rows[:, i] for i in (7, 8, 9, 10))
+        m, p, k, r = (rows[:, i] for i in (9, 10, 11, 12))
         padded = (k + _PANEL - 1) // _PANEL * _PANEL
         chunks = (m + _CHUNK_ROWS - 1) // _CHUNK_ROWS
 
@@ -71,9 +71,10 @@ def _plan(layers: tuple[tuple[int, ...], ...], R: int, device: torch.device) -> 
 
 @dataclass
 class _Group:
-    """Blocks that one launch takes together: equal dtypes, ranks padded to the same power of two.
+    """Blocks that one launch takes together: equal kinds, ranks padded to the same power of two.
 
     Attributes:
+        pieces: of each read and of each write basis.
         rows: of the table on the device, without what the plan adds.
         places: index in the call of each block.
         is_aligned: whether rows of all read and of all write bases are multiples of 16 bytes.
@@ -81,6 +82,7 @@ class _Group:
 
     read: torch.dtype
     write: torch.dtype
+    pieces: tuple[int, int]
     factor: torch.dtype
     R: int
     rows: list[tuple[int, ...]] = field(default_factory=list)
@@ -103,6 +105,7 @@ def _run_group(group: _Group, device: torch.device) -> list[torch.Tensor]:
         FACTOR=_TRITON_DTYPES[group.factor],
         CHUNK_ROWS=_CHUNK_ROWS,
         TILE=_READ_TILE,
+        PIECES=group.pieces[0],
         IS_EXACT=group.read == torch.bfloat16,
         PARTS=_EXACT_PARTS[group.factor],
         IS_ALIGNED=group.is_aligned[0],
@@ -127,6 +130,7 @@ def _run_group(group: _Group, device: torch.device) -> list[torch.Tensor]:
         BASIS=_TRITON_DTYPES[group.write],
         PANELS=plan.panels,
         TILE=_WRITE_ROWS,
+        PIECES=group.pieces[1],
         IS_EXACT=group.write == torch.bfloat16,
         PARTS=3 if is_full else 2,
         IS_ALIGNED=group.is_aligned[1],
@@ -134,7 +138,7 @@ def _run_group(group: _Group, device: torch.device) -> list[torch.Tensor]:
         **shared,
     )
     return [
-        out.as_strided((row[8], row[10]), (row[10], 1), start)
+        out.as_strided((row[10], row[12]), (row[12], 1), start)
         for start, row in zip(plan.out_starts, group.rows, strict=True)
     ]
 
@@ -163,12 +167,12 @@ def project_triton(
     wide: dict[tuple, list[int]] = {}
     kept = []  # conversions, until the launches are queued
     for i, (B, Q, P) in enumerate(zip(blocks, read, write, strict=True)):
-        (m, r), (p, k) = B.shape, P.shape
+        (m, r), (p, k) = B.shape, P.shape[-2:]
         if 0 in (m, r, p, k):
             results[i] = B.new_zeros(p, r)
             continue
         if r > _WIDEST_RANK:
-            if B.dtype == Q.dtype == P.dtype == torch.bfloat16:
+            if B.dtype == Q.dtype == P.dtype == torch.bfloat16 and Q.dim() == P.dim() == 2:
                 wide.setdefault((m, p, k, r, P is Q), []).append(i)
             else:
                 results[i] = project_reference([B], [Q], [P])[0]
@@ -177,13 +181,18 @@ def project_triton(
         P_read = Q_read if P is Q else _readable(P)
         kept += [Q_read, P_read]
         bases = (Q_read.data_ptr(), P_read.data_ptr())
-        strides = (*B.stride(), Q_read.stride(0), P_read.stride(0))
-        aligned = [x % 16 == s % 8 == k % 8 == 0 for x, s in zip(bases, strides[2:], strict=True)]
-        key = (Q_read.dtype, P_read.dtype, B.dtype, _padded_rank(r))
+        strides = (Q_read.stride(-2), P_read.stride(-2))
+        pieces = tuple(0 if x.dim() == 2 else x.stride(0) for x in (Q_read, P_read))
+        aligned = [
+            x % 16 == s % 8 == piece % 8 == k % 8 == 0
+            for x, s, piece in zip(bases, strides, pieces, strict=True)
+        ]
+        counts = (Q_read.dim() - 1, P_read.dim() - 1)
+        key = (Q_read.dtype, P_read.dtype, counts, B.dtype, _padded_rank(r))
         group = groups.get(key)
         if group is None:
             group = groups[key] = _Group(*key)
-        group.rows.append((B.data_ptr(), *bases, *strides, m, p, k, r))
+        group.rows.append((B.data_ptr(), *bases, *B.stride(), *strides, *pieces, m, p, k, r))
         group.places.append(i)
         group.is_aligned = [x and y for x, y in zip(group.is_aligned, aligned, strict=True)]
     for group in groups.values():
@@ -205,6 +214,6 @@ def _readable(basis: torch.Tensor) -> torch.Tensor:
     """The kernels read rows of bfloat16 or float32, less than 2^31 elements apart."""
     if basis.dtype not in (torch.bfloat16, torch.float32):
         basis = basis.float()
-    stride, column_stride = basis.stride()
-    has_rows = column_stride == 1 or basis.shape[1] == 1
+    stride, column_stride = basis.stride()[-2:]
+    has_rows = column_stride == 1 or basis.shape[-1] == 1
     return basis if has_rows and stride < 2**31 else basis.contiguous()
