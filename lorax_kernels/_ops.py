@@ -189,11 +189,6 @@ def check_project(
             f"{len(blocks)}, {len(read)} and {len(write)}"
         )
     for i, (B, Q, P) in enumerate(zip(blocks, read, write, strict=True)):
-        if B.dim() != 2 or Q.dim() != 2 or P.dim() != 2:
-            raise ValueError(
-                f"entry {i}: block and bases must be matrices, got shapes "
-                f"{tuple(B.shape)}, {tuple(Q.shape)} and {tuple(P.shape)}"
-            )
         if not (B.is_floating_point() and Q.is_floating_point() and P.is_floating_point()):
             raise TypeError(
                 f"entry {i}: block and bases must be floating point, got {B.dtype}, {Q.dtype} "
