@@ -13,7 +13,7 @@ from ._weights import read_matrix, transposed_modules
 from .adapters import Adapter
 from .checkpoints import Checkpoint
 from .errors import MatchError
-from .matching import EMBEDDINGS, HEADS
+from .matching import EMBEDDINGS
 from .plan import LayerPlan, Plan
 from .report import AlignmentFacts
 from .settings import Settings
@@ -212,7 +212,7 @@ def _through_maps(
             f"{'outputs' if writes else 'inputs'} to be residual streams of {stream.shape[1]} and "
             f"{stream.shape[0]}; leave it out with --exclude."
         )
-    if planned.module.rpartition(".")[2] in HEADS:
+    if planned.is_table:
         if len(W_s) != len(W_t):
             raise MatchError(
                 f"{planned.module} has {len(W_s)} outputs in the source and {len(W_t)} in the "

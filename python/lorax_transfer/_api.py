@@ -77,13 +77,14 @@ def transfer(
             embeddings.
         embeddings: share of the drift of the embeddings to undo beside the method, in [0, 1]. The
             adapter then updates them too, and a tied output layer with them; merge it only after
-            untying the two (docs/methods.md).
+            untying the two. What it has on either is carried as it is beside that
+            (docs/methods.md).
         min_similarity: leave a layer out, instead of moving it, where the similarity of U or V is
             lower, in [0, 1]; ProLoRA used 0.8. The target then has no adapter there.
         include: regular expression; only modules whose path contains it are moved.
         exclude: regular expression; modules whose path contains it are not moved.
-        drop: kinds of content to leave behind that a transfer cannot carry, such as "dora" or
-            "modules_to_save" (keys of `lorax_transfer.adapters.DROPPABLE`).
+        drop: kinds of content to leave behind, most of which a transfer cannot carry, such as
+            "dora" or "modules_to_save" (keys of `lorax_transfer.adapters.DROPPABLE`).
         dtype: of the written factors: "auto" (the adapter's own), "fp32", "bf16" or "fp16".
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         backend: "auto", "cuda", "triton" or "reference".
@@ -166,11 +167,10 @@ def transfer(
             return run.save(done)
         placed = _placed(run.adapter, run.target)
         layers = _cast(moved, run.adapter, settings.dtype)
-        if run.beyond.layers:
-            layers += _like(run.beyond.layers, layers[0])
-            placed = replace(
-                placed, config={**placed.config, "ensure_weight_tying": run.beyond.is_tied}
-            )
+        layers += _like(run.beyond.layers, layers[0])
+        if any(layer.is_embedding for layer in layers):
+            is_tied = done.updates_tied_embeddings
+            placed = replace(placed, config={**placed.config, "ensure_weight_tying": is_tied})
         write_adapter(
             placed.with_layers(layers),
             Path(output or ""),

@@ -13,20 +13,17 @@ import torch
 
 import lorax_kernels as lk
 
-from ._weights import read_matrix, relative_drift
+from ._weights import energies, read_matrix, relative_drift
 from .adapters import LoraLayer
 from .checkpoints import Checkpoint
 from .errors import MatchError
-from .matching import EMBEDDINGS, HEADS, tied_tensor
+from .matching import EMBEDDINGS, HEADS, is_head, tied_tensor
 from .plan import WEIGHT_DTYPES, Plan
 from .report import EmbeddingReport
 from .settings import Settings
 
 # Components of a path in front of which a model's output layer stands.
 _BODIES = frozenset({"model", "transformer", "gpt_neox"})
-
-# Numbers compared at a time, in float64.
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -53,14 +50,12 @@ class Beyond:
     Attributes:
         reports: of every embedding table and output layer.
         layers: the updates that give their drift back; empty where that was not asked for.
-        is_tied: whether the last of these is the first one's, for an output layer tied to it.
         drift: `||W_t - W_s|| / ||W_s||` of all other weights that no layer of the adapter is on,
             taken together; None where there are none.
     """
 
     reports: tuple[EmbeddingReport, ...] = ()
     layers: tuple[LoraLayer, ...] = ()
-    is_tied: bool = False
     drift: float | None = None
 
     @property
@@ -81,6 +76,8 @@ class Beyond:
 def find_tables(plan: Plan, source: Checkpoint, target: Checkpoint) -> list[Table]:
     """The embedding tables and output layers that two models share and the adapter is not on.
 
+    Those that it is on are layers of the plan.
+
     Args:
         plan: how the adapter's modules are named in both.
         source: the base model of the adapter.
@@ -91,24 +88,24 @@ def find_tables(plan: Plan, source: Checkpoint, target: Checkpoint) -> list[Tabl
         embeddings' tensors.
     """
     names = _Names(plan, source)
-    tied = _tied(target)
+    tied = tied_tensor(target)
     adapted = {layer.module: layer.target_tensor for layer in plan.layers}
-    # An adapter may be on the output layer of tied weights and leave the embeddings alone.
-    known = {tensor for module, tensor in adapted.items() if _leaf(module) not in HEADS}
+    # An adapter may be on the output layer of tied weights and leave the embeddings alone, or not.
+    known = {tensor for module, tensor in adapted.items() if not is_head(module)}
     tables = []
     for name in target.names():
         module, old = names.module(name), names.in_source(name)
-        if name.endswith(EMBEDDINGS) and name not in known and old is not None:
-            tables.append(Table(module, old, name, False))
-        elif _is_output(name) and module not in adapted and tied is None:
-            old = old or _tied(source)
+        if name.endswith(EMBEDDINGS) and old is not None:
+            if name not in known:
+                tables.append(Table(module, old, name, False))
+            head = _output_of(module) if name == tied else None
+            if head is not None and head not in adapted:
+                old = names.in_source(f"{head}.weight", is_module=True) or old
+                tables.append(Table(head, old, name, True))
+        elif is_head(name) and module not in adapted and tied is None:
+            old = old or tied_tensor(source)
             if old is not None:
                 tables.append(Table(module, old, name, True))
-    for table in [x for x in tables if x.target_tensor == tied]:
-        head = _output_of(table.module)
-        if head is not None and head not in adapted:
-            old = names.in_source(f"{head}.weight", is_module=True) or table.source_tensor
-            tables.append(Table(head, old, table.target_tensor, True))
     return sorted(tables, key=lambda table: table.is_output)
 
 
@@ -136,7 +133,7 @@ def look_beyond(
         CheckpointError: a weight cannot be read.
     """
     tables = find_tables(plan, source, target)
-    if settings.embeddings and not tables:
+    if settings.embeddings and not tables and not any(x.given_back for x in plan.layers):
         raise MatchError(
             f"the target {target.location} has no embeddings that the source has too (tensors that "
             f"end in {', '.join(EMBEDDINGS)}), so none can be given back; leave --embeddings out."
@@ -154,7 +151,6 @@ def look_beyond(
     return Beyond(
         tuple(reports),
         tuple(layers),
-        is_tied=len(layers) > len([x for x in done.values() if x[1] is not None]),
         drift=_rest(plan, tables, source, target),
     )
 
@@ -195,50 +191,16 @@ def _rest(plan: Plan, tables: list[Table], source: Checkpoint, target: Checkpoin
     moved = size = 0.0
     for name in target.names():
         old = names.in_source(name)
-        if name in known or _is_output(name) or old is None:
+        if name in known or is_head(name) or old is None:
             continue
         if source.shape(old) != target.shape(name):
             continue
         if not {source.dtype(old), target.dtype(name)} <= set(WEIGHT_DTYPES):
             continue
-        energies = _energies(source.read(old), target.read(name))
-        moved, size = moved + energies[0], size + energies[1]
-    found = math.sqrt(moved / size) if size > 0 else math.nan
-    return found if math.isfinite(found) else None
-
-
-def _energies(source: torch.Tensor, target: torch.Tensor) -> tuple[float, float]:
-    """`||W_t - W_s||^2` and `||W_s||^2`."""
-    moved = size = 0.0
-    for before, after in zip(
-        source.flatten().split(_CHUNK), target.flatten().split(_CHUNK), strict=True
-    ):
-        moved += float((after.double() - before.double()).square().sum())
-        size += float(before.double().square().sum())
-    return moved, size
-
-
-def _tied(checkpoint: Checkpoint) -> str | None:
-    """The embeddings that are the output layer too.
-
-    Where no configuration says so or denies it, a checkpoint without an output layer has to tie
-    it; whether the model has one, the adapter's paths tell (`_output_of`).
-    """
-    config = checkpoint.config()
-    parts = [config, config.get("text_config") or {}]
-    names = checkpoint.names()
-    if any("tie_word_embeddings" in part for part in parts) or any(map(_is_output, names)):
-        return tied_tensor(checkpoint)
-    found = [name for name in names if name.endswith(EMBEDDINGS)]
-    return found[0] if len(found) == 1 else None
-
-
-def _leaf(name: str) -> str:
-    return name.removesuffix(".weight").rpartition(".")[2]
-
-
-def _is_output(name: str) -> bool:
-    return name.endswith(".weight") and _leaf(name) in HEADS
+        found = energies(source.read(old), target.read(name))
+        moved, size = moved + found[0], size + found[1]
+    drift = math.sqrt(moved / size) if size > 0 else math.nan
+    return drift if math.isfinite(drift) else None
 
 
 def _output_of(module: str) -> str | None:

@@ -30,6 +30,8 @@ class Batch:
         drifts: `||W_t - W_s|| / ||W_s||`; None where it is not defined.
         aligned: the factors by method "aligned"; empty where the models were not aligned.
         outside: drift of what lies outside of the adapted layers and stays the target's.
+        given_back: for each layer the share of its drift that "restore" undoes whatever the
+            settings say, and without an update too; 0 for what they say.
     """
 
     factors: list[Factors]
@@ -40,6 +42,7 @@ class Batch:
     targets: list[lk.SVD]
     drifts: list[float | None]
     aligned: list[Factors]
+    given_back: list[float]
     outside: float | None = None
 
     @property
@@ -95,9 +98,16 @@ def _undo(
     settings: Settings,
     workspace: int,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """A layer without an update stays so: there is nothing that drift could stand in the way of."""
+    """A layer without an update stays so: there is nothing that drift could stand in the way of.
+
+    But embeddings are given back whatever there is.
+    """
     new_B, new_A = list(B), list(A)
     live = [i for i, s in enumerate(batch.scales) if s != 0 and lk.update_norm(B[i], A[i]) > 0]
+    if method == "restore":
+        given_back = {i for i, share in enumerate(batch.given_back) if share}
+        drifted = {i for i in given_back if batch.drifts[i]}
+        live = sorted((set(live) - given_back) | drifted)
     some = [[x[i] for i in live] for x in (B, A, batch.source_weights, batch.target_weights)]
     scales = [batch.scales[i] for i in live]
     strength, backend = settings.strength, settings.backend
@@ -106,7 +116,8 @@ def _undo(
         done = lk.anchor_lora(*some, scale=scales, strength=strength, sides="both", backend=backend)
     else:
         shares = [
-            restored_share(batch.drifts[i], batch.outside) if strength is None else strength
+            batch.given_back[i]
+            or (restored_share(batch.drifts[i], batch.outside) if strength is None else strength)
             for i in live
         ]
         done = lk.restore_lora(

@@ -70,7 +70,8 @@ Embeddings = Annotated[
         metavar="F",
         help="Share of the drift of the embeddings to undo as well, in --directions directions, 0 "
         "to 1, for a target whose embeddings moved farther than its layers, as scan says: 1 wins "
-        "most, 0.5 costs the target's own skill least.",
+        "most, 0.5 costs the target's own skill least. It is added to an update that the adapter "
+        "has there.",
         rich_help_panel=HOW,
     ),
 ]
@@ -127,8 +128,9 @@ Drop = Annotated[
     list[str] | None,
     typer.Option(
         metavar="KIND",
-        help="Leave behind content that cannot be carried: dora, modules_to_save, embedding, bias, "
-        "experts, trainable_tokens or mutated_init. Repeat for several.",
+        help="Leave behind content that cannot be carried: dora, modules_to_save, bias, experts, "
+        "trainable_tokens or mutated_init; or the update of an embedding table, which can where "
+        "vocabulary and width are the same: embedding. Repeat for several.",
         show_default=False,
         rich_help_panel=WHAT,
     ),

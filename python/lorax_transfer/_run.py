@@ -101,7 +101,7 @@ class Run:
         aligned = {}
         if self.alignment is not None:
             aligned = dict(carry(self.alignment, self.adapter, self.plan, device))
-        elif not any(layer.is_reshaped for layer in self.plan.layers):
+        elif self.settings.embeddings or not any(x.is_reshaped for x in self.plan.layers):
             with _enough_memory(device):
                 self.beyond = look_beyond(
                     self.plan, self.source, self.target, self.settings, device
@@ -254,7 +254,7 @@ class Run:
             module=planned.module,
             status="planned",
             reason=planned.reason,
-            method=self.settings.method,
+            method=planned.method(self.settings.method),
             lora_rank=planned.lora_rank,
             rank=planned.rank,
             source_tensor=planned.source_tensor,
@@ -262,6 +262,7 @@ class Run:
             source_shape=planned.source_shape,
             target_shape=planned.target_shape,
             is_validated=not planned.is_reshaped,
+            given_back=planned.given_back,
         )
 
     def _report(
@@ -274,6 +275,8 @@ class Run:
                 module, "excluded", reason, self.settings.method, layer.rank, update_norm=norm
             )
         ordered = tuple(layers[module] for module in self.adapter.layers)
+        tables = {planned.module for planned in self.plan.layers if planned.is_table}
+        drifts = [self.beyond.embedding_drift, *(layers[module].drift for module in tables)]
         settings: dict[str, Any] = {**asdict(self.settings), "tol": TOLERANCE}
         settings.update(drop=sorted(check_drop(self.drop)), strict=self.strict)
         return Report(
@@ -294,8 +297,8 @@ class Run:
             dropped_kinds=self.adapter.dropped_kinds,
             layers=ordered,
             totals=replace(
-                total(ordered, TOLERANCE),
-                embedding_drift=self.beyond.embedding_drift,
+                total(ordered, TOLERANCE, tables),
+                embedding_drift=max((x for x in drifts if x is not None), default=None),
                 untouched_drift=self.beyond.drift,
             ),
             embeddings=self.beyond.reports,
@@ -349,8 +352,8 @@ def _warnings(done: Report) -> tuple[str, ...]:
     if done.updates_tied_embeddings:
         found.append(
             "the adapter updates embeddings that are tied to the output layer: PEFT computes with "
-            "it as it should, but merging would add that update twice; untie the two in the base "
-            "model before you merge."
+            "it as it should, but merging would add the updates of both to the one weight; untie "
+            "the two in the base model before you merge."
         )
     drifts = [x.drift for x in done.layers if x.is_measured]
     if drifts and all(drift == 0 for drift in drifts):

@@ -10,6 +10,9 @@ from .adapters import Adapter
 from .checkpoints import Checkpoint
 from .errors import CheckpointError, MatchError
 
+# Numbers compared at a time, in float64.
+_CHUNK = 1 << 20
+
 
 def as_matrix(shape: tuple[int, ...], is_transposed: bool) -> tuple[int, int]:
     """Shape `(out, in)` of a stored weight seen as a matrix; kernels count as inputs."""
@@ -56,7 +59,7 @@ def transposed_modules(
     for module, name in tensors.items():
         layer, shape = adapter.layers[module], source.shape(name)
         straight = (layer.out_features, layer.in_features, *layer.kernel_size)
-        turned = straight[1::-1] if not layer.is_conv else None
+        turned = None if layer.is_conv or layer.is_embedding else straight[1::-1]
         if shape not in (straight, turned):
             raise MatchError(
                 f"{name} in the source {source.location} has shape {shape}, expected {straight} by "
@@ -86,13 +89,18 @@ def relative_drift(source: torch.Tensor, target: torch.Tensor) -> float | None:
         return None
     if source.dtype == target.dtype and torch.equal(source, target):
         return 0.0
-    norm = torch.linalg.vector_norm(source, dtype=torch.float64)
-    if norm == 0:
-        return None
-    # Row by row: a whole difference in float32 would be another weight in memory.
-    rows = max(1, (1 << 20) // source.shape[1])
-    squares = [
-        torch.linalg.vector_norm(t.double() - s.double()) ** 2
-        for s, t in zip(source.split(rows), target.split(rows), strict=True)
-    ]
-    return float(torch.stack(squares).sum().sqrt() / norm)
+    moved, size = energies(source, target)
+    return math.sqrt(moved / size) if size else None
+
+
+def energies(source: torch.Tensor, target: torch.Tensor) -> tuple[float, float]:
+    """`||W_t - W_s||^2` and `||W_s||^2` of two tensors of one shape, in float64."""
+    moved = size = source.new_zeros((), dtype=torch.float64)
+    # A part at a time: a whole difference would be another weight in memory, and wider.
+    for before, after in zip(
+        source.flatten().split(_CHUNK), target.flatten().split(_CHUNK), strict=True
+    ):
+        before = before.double()
+        moved = moved + (after.double() - before).square().sum()
+        size = size + before.square().sum()
+    return float(moved), float(size)

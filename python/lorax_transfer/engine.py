@@ -77,7 +77,7 @@ class Engine:
         """
         results: dict[str, Result] = {}
         for batch in plan.batches(self.batch_bytes):
-            layers = [adapter.layers[planned.module] for planned in batch]
+            layers = [_live(adapter.layers[planned.module], planned) for planned in batch]
             done = self._run_batch(batch, layers)
             results.update({planned.module: r for planned, r in zip(batch, done, strict=True)})
             step(len(batch))
@@ -102,17 +102,19 @@ class Engine:
             targets=[basis.svd for basis in in_target],
             drifts=drifts,
             aligned=[self.aligned[x.module] for x in plans] if self.aligned else [],
+            given_back=[x.given_back for x in plans],
             outside=self.outside,
         )
         moved = move(batch, self.settings, self.bases.workspace)
         found = outcomes(batch, moved)
         results = []
         for i, (planned, layer) in enumerate(zip(plans, layers, strict=True)):
+            method = planned.method(self.settings.method)
             report = LayerReport(
                 module=planned.module,
                 status="measured",
                 reason=planned.reason,
-                method=self.settings.method,
+                method=method,
                 lora_rank=layer.rank,
                 rank=in_target[i].svd.rank,
                 source_tensor=planned.source_tensor,
@@ -126,8 +128,9 @@ class Engine:
                 drift=drifts[i],
                 update_norm=lk.update_norm(*batch.factors[i]) * abs(layer.scale),
                 outcomes=found[i],
+                given_back=planned.given_back,
             )
-            result = self._judge(report, planned, layer, moved[self.settings.method][i])
+            result = self._judge(report, planned, layer, moved[method][i])
             results.append(replace(result, basis=in_target[i].svd if self.keeps_bases else None))
         return results
 
@@ -174,6 +177,13 @@ class Engine:
             reasons.append(f"basis error {error:.1e} is above {self.bases.tol:g}")
         moved = layer.with_factors(*factors, module=planned.target_module)
         return Result(replace(report, reason="; ".join(reasons)), moved)
+
+
+def _live(layer: LoraLayer, planned: LayerPlan) -> LoraLayer:
+    """The layer; where drift is added to an update with a scale of zero, with one that can be."""
+    if layer.scale or not planned.given_back:
+        return layer
+    return layer.with_factors(0 * layer.matrix_B, layer.matrix_A, scale=1.0)
 
 
 def _facts(basis: Basis) -> BasisFacts:

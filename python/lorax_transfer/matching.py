@@ -10,9 +10,9 @@ of the adapter in the same way, and the first kind of rule that finds them all d
 3. one prefix is replaced by another.
 
 Under rules 2 and 3 a module at the top of the model, such as ``lm_head``, may keep its name. A tied
-output layer, which a checkpoint does not store, is found under its embedding's name if the model's
-configuration says that it is tied. Two rules of one kind that lead to different tensors are an
-error, never a choice.
+output layer, which a checkpoint does not store, is found under its embedding's name unless the
+model's configuration denies that it is tied; the embedding may have an update of its own beside it.
+Two rules of one kind that lead to different tensors are an error, never a choice.
 """
 
 from collections.abc import Iterator, Sequence
@@ -126,7 +126,7 @@ def match(modules: Sequence[str], checkpoint: Checkpoint, role: str) -> Match:
         if len(complete) > 1:
             raise _ambiguous(modules[0], list(complete.values()), checkpoint, role)
         for rule, found in complete.values():
-            is_tied = any(name == tied for name in found.values())
+            is_tied = any(name == tied and is_head(module) for module, name in found.items())
             return Match(rule.name + (", output layer tied" if is_tied else ""), found)
     raise _incomplete(modules, best, checkpoint, role)
 
@@ -145,16 +145,26 @@ def _find(rule: Rule, modules: Sequence[str], names: set[str], tied: str | None)
         if "." not in module:
             candidates.append(f"{module}.weight")
         name = next((name for name in candidates if name in names), None)
-        if name is None and tied is not None and module.rpartition(".")[2] in HEADS:
+        if name is None and tied is not None and is_head(module):
             name = tied
         if name is not None:
             found[module] = name
-    # Two modules on one tensor would be two updates of one weight.
-    return found if len(set(found.values())) == len(found) else {}
+    # Two modules on one tensor would be two updates of one weight; only a table that is read at one
+    # end of the model and written to at the other may have two.
+    own = [name for module, name in found.items() if not (name == tied and is_head(module))]
+    return found if len(set(own)) == len(own) else {}
+
+
+def is_head(module: str) -> bool:
+    """Whether a module, or the module of a weight, is an output layer by its name."""
+    return module.removesuffix(".weight").rpartition(".")[2] in HEADS
 
 
 def tied_tensor(checkpoint: Checkpoint) -> str | None:
-    """The embedding that is the output layer too, if the model's configuration says so.
+    """The embeddings that are the output layer too.
+
+    Where no configuration says so or denies it, as with a lone file, a checkpoint without an output
+    layer has to tie it, if the model has one at all.
 
     Args:
         checkpoint: the model.
@@ -162,13 +172,13 @@ def tied_tensor(checkpoint: Checkpoint) -> str | None:
     Returns:
         The tensor's name, or None.
     """
-    config = checkpoint.config()
+    config, names = checkpoint.config(), checkpoint.names()
     text = config.get("text_config")
-    settings = [config, text] if isinstance(text, dict) else [config]
-    if not any(part.get("tie_word_embeddings") is True for part in settings):
-        return None
-    names = [name for name in checkpoint.names() if name.endswith(EMBEDDINGS)]
-    return names[0] if len(names) == 1 else None
+    parts = [config, text] if isinstance(text, dict) else [config]
+    said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
+    is_tied = True in said if said else not any(map(is_head, names))
+    found = [name for name in names if name.endswith(EMBEDDINGS)]
+    return found[0] if is_tied and len(found) == 1 else None
 
 
 def _ambiguous(

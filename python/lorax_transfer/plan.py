@@ -12,7 +12,7 @@ from ._weights import as_matrix, transposed_modules
 from .adapters import Adapter, LoraLayer
 from .checkpoints import Checkpoint
 from .errors import CheckpointError, MatchError, TransferError
-from .matching import match
+from .matching import is_head, match
 from .settings import DEFAULT_RANK, RESHAPING, Settings
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ class LayerPlan:
         is_transposed: the checkpoints store `(in, out)`.
         weight_bytes: bytes of both weights as they are read.
         target_module: its path in the target.
+        is_table: it is an embedding table or an output layer.
+        given_back: share of its drift to undo because embeddings are to be given back; its update
+            is then carried as it is.
     """
 
     module: str
@@ -53,6 +56,15 @@ class LayerPlan:
     is_transposed: bool
     weight_bytes: int
     target_module: str
+    is_table: bool = False
+    given_back: float = 0.0
+
+    def method(self, chosen: str) -> str:
+        """The method that moves it, where `chosen` moves the other layers.
+
+        Its update and a share of its drift, taken back: that is what "restore" is.
+        """
+        return "restore" if self.given_back else chosen
 
     @property
     def is_reshaped(self) -> bool:
@@ -65,6 +77,8 @@ class LayerPlan:
         reasons = ["shapes differ: unvalidated"] if self.is_reshaped else []
         if self.target_module != self.module:
             reasons.append(f"goes to {self.target_module}")
+        if self.given_back:
+            reasons.append(f"carried as it is, with {self.given_back:.0%} of the drift given back")
         return "; ".join(reasons)
 
 
@@ -161,9 +175,10 @@ def make_plan(
         planned = _plan_layer(layer, source, target, names, transposed[module], settings, default)
         layers.append(replace(planned, target_module=targets[module]))
     plan = Plan(tuple(layers), excluded, *rules, 0)
+    _check_tables(plan, adapter, settings)
     _check_method(plan, settings)
     beyond = 0
-    if alignment is None and not any(layer.is_reshaped for layer in layers):
+    if settings.embeddings or (alignment is None and not any(x.is_reshaped for x in layers)):
         beyond = _beyond(source, target, settings)
     return replace(plan, memory_bytes=_memory(plan, adapter, alignment, beyond))
 
@@ -200,6 +215,7 @@ def _plan_layer(
         math.prod(checkpoint.shape(name)) * checkpoint.dtype(name).itemsize
         for checkpoint, name in zip((source, target), names, strict=True)
     ]
+    is_table = layer.is_embedding or is_head(layer.module)
     return LayerPlan(
         module=layer.module,
         lora_rank=layer.rank,
@@ -211,6 +227,8 @@ def _plan_layer(
         is_transposed=is_transposed,
         weight_bytes=sum(sizes),
         target_module=layer.module,
+        is_table=is_table,
+        given_back=settings.embeddings if is_table else 0.0,
     )
 
 
@@ -225,6 +243,28 @@ def _rank(module: str, side: int, settings: Settings, default: int) -> int:
             f"--rank {side} or less, or leave it out for {DEFAULT_RANK} capped in each layer."
         )
     return settings.rank
+
+
+def _check_tables(plan: Plan, adapter: Adapter, settings: Settings) -> None:
+    """Tokens have no counterpart in another vocabulary; widths have one by method aligned only."""
+    tables = [x for x in plan.layers if x.is_table and x.is_reshaped]
+    if settings.method == "aligned":
+        tables = [x for x in tables if x.source_shape[0] != x.target_shape[0]]
+    embeddings = [x for x in tables if adapter.layers[x.module].is_embedding]
+    if not embeddings and not any(x.given_back for x in tables):
+        return
+    heads = [x.module for x in tables if x not in embeddings]
+    shown = ", ".join(
+        f"{x.module} is {x.source_shape} in the source and {x.target_shape} in the target"
+        for x in tables
+    )
+    advice = ["--drop embedding"] if embeddings else []
+    advice += [f"--exclude '{'|'.join(heads)}'"] if heads else []
+    raise MatchError(
+        f"the adapter updates embeddings or an output layer, and {shown} (vocabulary, width), but "
+        "such an update has a meaning only for the tokens and the width that it was made for; "
+        f"leave it behind with {' and '.join(advice)}."
+    )
 
 
 def _check_method(plan: Plan, settings: Settings) -> None:

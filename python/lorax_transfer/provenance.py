@@ -75,9 +75,9 @@ def _rows(report: Report) -> dict[str, object]:
         rows["Similarity of the leading subspaces (chance)"] = (
             f"{totals.similarity:.3f} ({totals.chance:.3f})"
         )
-    for each in report.embeddings:
+    for module, each in report.given_back.items():
         if each.drift_undone is not None:
-            rows[f"Drift undone of {each.module}"] = f"{each.drift_undone:.1%}"
+            rows[f"Drift undone of {module}"] = f"{each.drift_undone:.1%}"
     if report.updates_tied_embeddings:
         rows["To merge it"] = "untie embeddings and output layer of the base model first"
     if totals.unvalidated:

@@ -119,9 +119,8 @@ def _related(drift: float, totals: Totals, kept: float | None, is_inside: bool) 
     if is_farther(embeddings, drift):
         return Recommendation(
             "restore",
-            f"{amount}, the embeddings, which the adapter is not on, by {embeddings:.2%}: use "
-            f"--method restore with --embeddings 1, and {price}; where that costs too much, use "
-            f"copy with --embeddings 0.5{aside}",
+            f"{amount}, the embeddings by {embeddings:.2%}: use --method restore with --embeddings "
+            f"1, and {price}; where that costs too much, use copy with --embeddings 0.5{aside}",
         )
     return Recommendation(
         "restore",

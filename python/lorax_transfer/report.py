@@ -108,6 +108,8 @@ class LayerReport:
         update_norm: `||dW||`, scale included.
         outcomes: what each method that is defined for the layer does to the update. Empty where the
             update is zero.
+        given_back: share of its drift that was undone because it is an embedding table or an output
+            layer, and these were to be given back; its method is "restore" then.
     """
 
     module: str
@@ -127,6 +129,7 @@ class LayerReport:
     drift: float | None = None
     update_norm: float | None = None
     outcomes: dict[str, Outcome] = dataclasses.field(default_factory=dict)
+    given_back: float = 0.0
 
     @property
     def outcome(self) -> Outcome | None:
@@ -204,10 +207,9 @@ class Totals:
         unvalidated: those whose shapes differ.
         above_tolerance: those with a basis that missed its tolerance.
         energy_written: energy of the written update, over that of the whole adapter.
-        drift: mean drift.
-        drift_max: largest drift.
-        embedding_drift: largest drift of an embedding table or output layer that the adapter is not
-            on.
+        drift: mean drift, of layers other than embeddings and output layers if there are any.
+        drift_max: the largest of these.
+        embedding_drift: largest drift of an embedding table or output layer.
         untouched_drift: drift of all other weights that the adapter is not on, taken together.
         similarity: mean of the smaller one of U and V.
         chance: mean of its chance level.
@@ -316,11 +318,21 @@ class Report:
     output: str | None
 
     @property
+    def given_back(self) -> dict[str, Outcome | EmbeddingReport]:
+        """What `--embeddings` did to each module, where the adapter was on it and where not."""
+        inside = {x.module: x.outcome for x in self.layers if x.given_back and x.outcome}
+        outside = {x.module: x for x in self.embeddings if x.drift_undone is not None}
+        return {**inside, **outside}
+
+    @property
     def updates_tied_embeddings(self) -> bool:
         """Whether the adapter updates embeddings and an output layer that is tied to them."""
-        given_back = [x for x in self.embeddings if x.drift_undone is not None]
-        inputs = {x.target_tensor for x in given_back if not x.is_output}
-        return any(x.is_output and x.target_tensor in inputs for x in given_back)
+        # No other two modules stand for one tensor.
+        updated = [
+            *(x.target_tensor for x in self.embeddings if x.drift_undone is not None),
+            *(x.target_tensor for x in self.layers if x.status == "transferred"),
+        ]
+        return len(set(updated)) < len(updated)
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data, in the schema of docs/report.md."""

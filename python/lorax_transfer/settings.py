@@ -55,8 +55,9 @@ class Settings:
             a layer (`restored_share`).
         directions: singular directions of each layer's drift that "restore" undoes, and of that of
             the embeddings.
-        embeddings: share of the drift of the embeddings to undo beside the method, in [0, 1]; 0
-            leaves them alone.
+        embeddings: share of the drift of the embeddings to undo beside the method, in [0, 1]; with
+            0 they stay the target's, and an update that the adapter has there is moved by the
+            method.
 
     Raises:
         TransferError: an option is out of range.

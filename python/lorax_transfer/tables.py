@@ -187,10 +187,8 @@ def _conclusion(report: Report) -> list[Text]:
     if facts:
         lines.append(Text("\n" + ", ".join(facts)))
     lines += [
-        Text(
-            f"{each.module}: {each.drift_undone:.1%} of the drift undone as well, rank {each.rank}"
-        )
-        for each in report.embeddings
+        Text(f"{module}: {each.drift_undone:.1%} of the drift undone as well, rank {each.rank}")
+        for module, each in report.given_back.items()
         if each.drift_undone is not None
     ]
     if report.recommendation is not None:

@@ -2,18 +2,20 @@
 """The layers of a report added up, each weighted by the energy of its update."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from .report import LayerReport, Outcome, Totals
 from .settings import METHODS
 
 
-def total(layers: Sequence[LayerReport], tol: float) -> Totals:
+def total(layers: Sequence[LayerReport], tol: float, tables: Collection[str] = ()) -> Totals:
     """Add the layers up.
 
     Args:
         layers: every layer of the adapter.
         tol: the tolerance that bases should have reached.
+        tables: modules of embeddings and output layers; their drift counts for itself, unless there
+            is no other layer.
 
     Returns:
         The totals.
@@ -22,7 +24,8 @@ def total(layers: Sequence[LayerReport], tol: float) -> Totals:
     written = [x for x in layers if x.status == "transferred"]
     similar = [(x, x.similarity) for x in measured if x.similarity is not None]
     told = [(x, s.excess) for x, s in similar if s.excess is not None]
-    drifts = [(x, x.drift) for x in measured if x.drift is not None]
+    inner = [x for x in measured if x.module not in tables] or measured
+    drifts = [(x, x.drift) for x in inner if x.drift is not None]
     inside = [(x, x.outcomes["lorax"]) for x in measured if "lorax" in x.outcomes]
     same_methods = [name for name in METHODS if any(name in x.outcomes for x in measured)]
     return Totals(

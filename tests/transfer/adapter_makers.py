@@ -16,7 +16,7 @@ import peft
 import transformers
 
 
-def llama() -> torch.nn.Module:
+def llama(tied: bool = False) -> torch.nn.Module:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64,
@@ -26,14 +26,16 @@ def llama() -> torch.nn.Module:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=32,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def gpt2() -> torch.nn.Module:
+def gpt2(tied: bool = True) -> torch.nn.Module:
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, tie_word_embeddings=tied
+    )
     return transformers.GPT2LMHeadModel(config).eval()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import oracle
 import peft
 import torch
-from adapter_makers import save_adapter
+from adapter_makers import gpt2, llama, save_adapter
 from safetensors.torch import load_file, save_file
 
 from lorax_transfer.settings import DEFAULT_DIRECTIONS, restored_share
@@ -54,6 +54,20 @@ def make_pair(
     save_model(target_model, pair.target)
     save_adapter(copy.deepcopy(source_model), pair.adapter, **{"r": 4, "lora_alpha": 6, **lora})
     return pair
+
+
+# Language models with the layers that an adapter is on, and the name of their embeddings.
+LANGUAGE = {
+    "llama": (llama, ["q_proj", "down_proj"], "embed_tokens"),
+    "gpt2": (gpt2, ["c_attn", "c_proj"], "wte"),
+}
+
+
+def language_pair(root: Path, name: str, tied: bool, *more: str, **options: Any) -> Pair:
+    """A pair of `LANGUAGE`, with the output layer tied or not, and an adapter on `more` too."""
+    make, modules, _ = LANGUAGE[name]
+    lora = {"target_modules": [*modules, *more], "fan_in_fan_out": name == "gpt2"}
+    return make_pair(root, lambda: make(tied), **lora, **options)
 
 
 def perturb(model: torch.nn.Module, drift: float) -> None:

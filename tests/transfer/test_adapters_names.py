@@ -56,8 +56,8 @@ def test_no_names():
     [
         ("fc.lora_magnitude_vector", {}, "dora", "fc"),
         ("fc.lora_magnitude_vector.default.weight", {}, "dora", "fc"),
-        ("wte.lora_embedding_A", {}, "embedding", "wte"),
-        ("wte.lora_embedding_B.default", {}, "embedding", "wte"),
+        ("wte.lora_embedding_A", {}, "lora_embedding_A", "wte"),
+        ("wte.lora_embedding_B.default", {}, "lora_embedding_B", "wte"),
         ("fc.lora_B.bias", {}, "bias", "fc"),
         ("fc.lora_B.default.bias", {}, "bias", "fc"),
         ("fc.base_layer.bias", {}, "bias", "fc"),

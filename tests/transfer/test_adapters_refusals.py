@@ -40,10 +40,10 @@ FC_A, FC_B = f"{STEM}h.0.fc.lora_A.weight", f"{STEM}h.0.fc.lora_B.weight"
 PEFT_CASES = {
     "dora": (llama, {"use_dora": True}, "use_dora=True"),
     "modules_to_save": (llama, {"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']"),
-    "embedding": (
+    "modules_to_save-embedding": (
         llama,
         {"target_modules": ["q_proj", "embed_tokens"]},
-        "embed_tokens.lora_embedding_A",
+        "embed_tokens.base_layer.weight",
     ),
     "bias": (convnet, {"bias": "all", "target_modules": ["head"]}, "conv.bias and 1 more"),
     "bias-lora_only": (convnet, {"bias": "lora_only", "target_modules": ["head"]}, "base_layer"),
@@ -69,10 +69,8 @@ def test_kinds_that_peft_writes_are_refused_or_dropped(tmp_path, name, case):
     assert f"--drop {kind}" in str(refusal.value)
     assert DROPPABLE[kind].advice in str(refusal.value)
 
-    # An embedding LoRA also comes with a full copy of the table, which is named by its own kind.
-    drop = {kind, "modules_to_save"} if kind == "embedding" else {kind}
-    adapter = read_adapter(tmp_path / "in", drop=drop)
-    assert set(adapter.dropped_kinds) == drop
+    adapter = read_adapter(tmp_path / "in", drop={kind})
+    assert set(adapter.dropped_kinds) == {kind}
     assert bool(adapter.dropped) == (kind != "mutated_init")
     assert set(adapter.layers).isdisjoint(adapter.dropped)
 
@@ -95,15 +93,19 @@ def test_all_kinds_are_named_in_one_error(tmp_path):
             f"{STEM}wte.lora_embedding_A": torch.ones(4, 9),
             f"{STEM}wte.lora_embedding_B": torch.ones(8, 4),
             f"{STEM}wte.base_layer.weight": torch.ones(9, 8),
+            f"{STEM}lm_head.base_layer.weight": torch.ones(9, 8),
+            f"{STEM}h.0.fc.lora_B.bias": torch.ones(8),
         }
     )
     write_files(tmp_path, plain_config(use_dora=True), tensors)
     with pytest.raises(AdapterError) as refusal:
         read_adapter(tmp_path)
-    assert "--drop dora --drop modules_to_save --drop embedding" in str(refusal.value)
-    assert "lora_embedding_A and 1 more" in str(refusal.value)
+    assert "--drop dora --drop modules_to_save --drop bias" in str(refusal.value)
+    assert "base_layer.weight and 1 more" in str(refusal.value)
+    # A transfer can carry it.
+    assert "--drop embedding" not in str(refusal.value)
     with pytest.raises(AdapterError, match="--drop modules_to_save") as refusal:
-        read_adapter(tmp_path, drop={"dora", "embedding"})
+        read_adapter(tmp_path, drop={"dora", "embedding", "bias"})
     assert "--drop dora" not in str(refusal.value)
 
 
@@ -208,6 +210,24 @@ def with_value(value):
 TENSORS = {
     "A-without-B": (changed(B=None), "holds lora_A of h.0.fc but not lora_B"),
     "B-without-A": (changed(A=None), "holds lora_B of h.0.fc but not lora_A"),
+    "table-without-B": (
+        changed(**{f"{STEM}wte.lora_embedding_A": torch.ones(4, 9)}),
+        "holds lora_embedding_A of wte but not lora_embedding_B",
+    ),
+    "layer-and-table": (
+        changed(**{f"{STEM}h.0.fc.lora_embedding_{x}": torch.ones(4, 4) for x in "AB"}),
+        "holds lora_A, lora_B, lora_embedding_A, lora_embedding_B of h.0.fc, expected",
+    ),
+    "table-of-another-rank": (
+        changed(
+            **{f"{STEM}wte.lora_embedding_{x}": torch.ones(4, r) for x, r in (("A", 9), ("B", 3))}
+        ),
+        "the factors of wte do not chain",
+    ),
+    "table-not-gathered": (
+        changed(**{f"{STEM}wte.lora_embedding_{x}": torch.ones(36) for x in "AB"}),
+        "has shape (36,), expected two or more",
+    ),
     "no-chain": (changed(B=torch.ones(8, 3)), "the factors of h.0.fc do not chain"),
     "transposed": (changed(B=torch.ones(4, 8)), "lora_A has shape (4, 16) and lora_B (4, 8)"),
     "grouped-conv": (changed(B=torch.ones(8, 2, 1)), "the factors of h.0.fc do not chain"),

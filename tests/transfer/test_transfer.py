@@ -194,13 +194,7 @@ def test_other_names_in_the_target(tmp_path):
 
 
 def test_tied_output_layer_is_found(tmp_path):
-    def tied():
-        torch.manual_seed(0)
-        config = llama().config
-        config.tie_word_embeddings = True
-        return transformers.LlamaForCausalLM(config).eval()
-
-    source, target = tied(), tied()
+    source, target = llama(tied=True), llama(tied=True)
     for model, path in ((source, "source"), (target, "target")):
         save_model(model, tmp_path / path)
     with pytest.warns(UserWarning, match="embedding"):

@@ -29,7 +29,8 @@ class LoraLayer:
         lora_B: shape ``(out, r)``, or ``(out, r, 1, ...)`` for a convolution.
         scale: what multiplies ``B @ A``: ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
         is_embedding: whether the module is an embedding table ``(vocabulary, d)``; its factors are
-            ``lora_B`` ``(vocabulary, r)`` and ``lora_A`` ``(r, d)``. Such layers are written only.
+            ``lora_B`` ``(vocabulary, r)`` and ``lora_A`` ``(r, d)``, those that PEFT stores as
+            ``lora_embedding_A`` and ``lora_embedding_B``, transposed.
 
     Raises:
         AdapterError: if the shapes do not chain, a dtype is not a float, or scale is not finite.
@@ -48,7 +49,10 @@ class LoraLayer:
 
     def __post_init__(self) -> None:
         """Check dtypes, shapes and scale."""
-        for name, tensor in (("lora_A", self.lora_A), ("lora_B", self.lora_B)):
+        names = ("lora_A", "lora_B")
+        if self.is_embedding:
+            names = ("lora_embedding_B", "lora_embedding_A")
+        for name, tensor in zip(names, (self.lora_A, self.lora_B), strict=True):
             if tensor.dtype not in FACTOR_DTYPES:
                 raise AdapterError(
                     f"{self.module}.{name} is {tensor.dtype}, expected float16, bfloat16, float32 "
@@ -61,12 +65,14 @@ class LoraLayer:
                     "before it saves the adapter."
                 )
         a, b = tuple(self.lora_A.shape), tuple(self.lora_B.shape)
-        if len(a) != len(b) or a[0] != b[1] or any(size != 1 for size in b[2:]):
+        is_bent = self.is_embedding and len(a) > 2
+        if is_bent or len(a) != len(b) or a[0] != b[1] or any(size != 1 for size in b[2:]):
             expected = "(out, r)" if len(a) == 2 else f"(out, r{', 1' * (len(a) - 2)})"
+            seen = " transposed" if self.is_embedding else ""
             raise AdapterError(
-                f"the factors of {self.module} do not chain: lora_A has shape {a} and lora_B {b}, "
-                f"expected lora_B {expected} with r = {a[0]}; grouped convolutions and fused "
-                "low-rank formats cannot be carried."
+                f"the factors of {self.module} do not chain: {names[0]}{seen} has shape {a} and "
+                f"{names[1]}{seen} {b}, expected {names[1]} {expected} with r = {a[0]}; grouped "
+                "convolutions and fused low-rank formats cannot be carried."
             )
         if not math.isfinite(self.scale):
             raise AdapterError(

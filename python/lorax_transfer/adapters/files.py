@@ -31,7 +31,9 @@ def read_adapter(path: str | os.PathLike[str], *, drop: Collection[str] = ()) ->
     - ``"dora"``: magnitudes are left out and ``B @ A`` is carried as a plain update.
     - ``"modules_to_save"``: full copies of weights, those that PEFT writes beside an embedding
       LoRA (``embed_tokens.base_layer.weight``) or after a resized vocabulary included.
-    - ``"embedding"``, ``"experts"``, ``"trainable_tokens"``, ``"bias"``: left out.
+    - ``"experts"``, ``"trainable_tokens"``, ``"bias"``: left out.
+    - ``"embedding"``: LoRA on an embedding table, which is read like any other unless it is in
+      drop.
     - ``"mutated_init"``: nothing is left out; ``B @ A`` is carried although the base weight was
       changed when training began (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, or an unknown name). A
       file saved with ``path_initial_model_for_weight_conversion`` says ``init_lora_weights: true``

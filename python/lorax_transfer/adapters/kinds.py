@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of an adapter that a low-rank transfer cannot carry, and what to do about each."""
+"""The parts of an adapter that can be left out, and what to do where one cannot be carried."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,12 @@ class Kind:
     Args:
         what: what it is, as a noun phrase.
         advice: what the user can do instead of, or by, dropping it.
+        is_carried: it is not refused, but can be dropped all the same.
     """
 
     what: str
     advice: str
+    is_carried: bool = False
 
 
 DROPPABLE: Mapping[str, Kind] = {
@@ -28,11 +30,13 @@ DROPPABLE: Mapping[str, Kind] = {
     ),
     "modules_to_save": Kind(
         "full copies of weights (modules_to_save or save_embedding_layers)",
-        "extract a low-rank update from them, or drop them and keep the target's own weights",
+        "extract a low-rank update from them, or drop them and keep the target's own weights, "
+        "which loses nothing of the copy that PEFT writes beside a LoRA on an embedding table",
     ),
     "embedding": Kind(
         "LoRA on an embedding table",
-        "retrain without the embedding in target_modules, or drop it",
+        "drop it where the other base has another vocabulary or width",
+        is_carried=True,
     ),
     "bias": Kind(
         "trained biases",

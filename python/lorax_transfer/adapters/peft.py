@@ -4,6 +4,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ TENSOR_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _PROVENANCE = "lorax_transfer."
+
+# What PEFT calls the two factors of a layer, and of an embedding table, where they are those of the
+# transposed table.
+_LAYER = ("lora_A", "lora_B")
+_TABLE = ("lora_embedding_A", "lora_embedding_B")
 
 
 def is_peft(path: Path) -> bool:
@@ -63,7 +69,7 @@ def read_peft(path: Path, drop: frozenset[str]) -> Adapter:
             f"{path} holds no lora_A and lora_B tensors {rest}, expected at least one pair; check "
             "that this is the adapter you mean."
         )
-    adapted = {"lora_A", "lora_B", "embedding", "experts"}
+    adapted = {*_LAYER, *_TABLE, "experts"}
     return Adapter(
         layers=layers,
         config=config,
@@ -170,13 +176,18 @@ def _sort_out(
             "this package knows; remove it from the file if the adapter does not need it."
         )
     shows = config_kinds(config)
-    for name, parsed in names.items():
-        shows.setdefault(parsed.role, []).append(name)
-    found = {kind: shows[kind] for kind in DROPPABLE if kind in shows}
+    kinds = {n: "embedding" if x.role in _TABLE else x.role for n, x in names.items()}
+    for name, kind in kinds.items():
+        shows.setdefault(kind, []).append(name)
+    found = {
+        kind: shows[kind]
+        for kind, about in DROPPABLE.items()
+        if kind in shows and (kind in drop or not about.is_carried)
+    }
     refused = {kind: shown for kind, shown in found.items() if kind not in drop}
     if refused:
         raise refuse(path, refused)
-    dropped = tuple(name for name, parsed in names.items() if parsed.role in found)
+    dropped = tuple(name for name, kind in kinds.items() if kind in found)
     return dropped, tuple(found)
 
 
@@ -199,12 +210,14 @@ def _pair_factors(path: Path, names: Mapping[str, TensorName]) -> dict[str, dict
             )
         pair[parsed.role] = name
     for module, pair in pairs.items():
-        for role, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
-            if role not in pair:
-                raise AdapterError(
-                    f"{path} holds {other} of {module} but not {role}, expected both; copy or save "
-                    "the adapter again."
-                )
+        wanted = _TABLE if _TABLE[0] in pair or _TABLE[1] in pair else _LAYER
+        if set(pair) != set(wanted):
+            missing = [role for role in wanted if role not in pair]
+            raise AdapterError(
+                f"{path} holds {', '.join(sorted(pair))} of {module}"
+                + (f" but not {missing[0]}" if missing else "")
+                + f", expected {' and '.join(wanted)}; copy or save the adapter again."
+            )
     return pairs
 
 
@@ -215,9 +228,13 @@ def _layer(
     pair: Mapping[str, str],
     tensors: Mapping[str, torch.Tensor],
 ) -> LoraLayer:
-    lora_A, lora_B = tensors[pair["lora_A"]], tensors[pair["lora_B"]]
+    is_embedding = _TABLE[0] in pair
+    lora_A, lora_B = (tensors[pair[role]] for role in (_TABLE if is_embedding else _LAYER))
+    if is_embedding:
+        # Laid out as those of a tied output layer are, so that both come out the same bit for bit.
+        lora_A, lora_B = (x.transpose(0, -1).contiguous() for x in (lora_B, lora_A))
     # Shapes and dtypes first: they are LoraLayer's to check, and the scale needs a rank.
-    layer = LoraLayer(module, lora_A, lora_B, scale=1.0)
+    layer = LoraLayer(module, lora_A, lora_B, scale=1.0, is_embedding=is_embedding)
     rank = layer_rank(config, module)
     if rank != layer.rank:
         raise AdapterError(
@@ -230,7 +247,7 @@ def _layer(
                 f"{name} of {path} holds NaN or Inf, expected finite numbers; the training run "
                 "that wrote it diverged, use an earlier checkpoint."
             )
-    return LoraLayer(module, lora_A, lora_B, layer_scale(config, module, layer.rank))
+    return replace(layer, scale=layer_scale(config, module, layer.rank))
 
 
 def write_peft(
@@ -319,10 +336,9 @@ def _output_tensors(
 
 
 def _named_factors(layer: LoraLayer) -> list[tuple[str, torch.Tensor]]:
-    """What PEFT calls the factors; those of an embedding are of the transposed table."""
     if layer.is_embedding:
-        return [("lora_embedding_A", layer.lora_B.T), ("lora_embedding_B", layer.lora_A.T)]
-    return [("lora_A.weight", layer.lora_A), ("lora_B.weight", layer.lora_B)]
+        return [(_TABLE[0], layer.lora_B.T), (_TABLE[1], layer.lora_A.T)]
+    return [(f"{_LAYER[0]}.weight", layer.lora_A), (f"{_LAYER[1]}.weight", layer.lora_B)]
 
 
 def _read_header(file: Path) -> dict[str, Any]:

@@ -12,9 +12,11 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 
 # An adapter's name never holds a dot: it is a key of a ModuleDict.
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?\.weight")
+_TABLE_FACTOR = re.compile(
+    r"(?P<module>.+)\.lora_embedding_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?"
+)
 _OTHER = {
     "dora": re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.[^.]+){0,2}"),
-    "embedding": re.compile(r"(?P<module>.+)\.lora_embedding_[AB](\.[^.]+)?"),
     "bias": re.compile(r"(?P<module>.+)\.(lora_B(\.[^.]+)?|base_layer)\.bias"),
     "trainable_tokens": re.compile(
         r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_(delta|original)(\.[^.]+)?"
@@ -34,8 +36,8 @@ class TensorName(NamedTuple):
     """What a tensor's name says.
 
     Args:
-        role: ``"lora_A"``, ``"lora_B"``, a kind of `lorax_transfer.adapters.kinds.DROPPABLE`, or
-            ``"unknown"``.
+        role: ``"lora_A"``, ``"lora_B"``, ``"lora_embedding_A"``, ``"lora_embedding_B"``, a kind of
+            `lorax_transfer.adapters.kinds.DROPPABLE`, or ``"unknown"``.
         module: module path; the whole name where the role is unknown.
         adapter: the adapter name inside the tensor's name, e.g. ``"default"``, or None.
     """
@@ -104,6 +106,8 @@ def parse_name(name: str, config: dict[str, Any]) -> TensorName:
         if _holds_target_parameter(module, config):
             return TensorName("experts", module)
         return TensorName(f"lora_{match['factor']}", module, match["adapter"])
+    if match := _TABLE_FACTOR.fullmatch(name):
+        return TensorName(f"lora_embedding_{match['factor']}", match["module"], match["adapter"])
     for kind, pattern in _OTHER.items():
         if match := pattern.fullmatch(name):
             return TensorName(kind, match["module"])
