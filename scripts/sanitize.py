@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs NVIDIA's compute-sanitizer over GPU tests that reach every CUDA kernel, on tiny shapes.
+"""Runs NVIDIA's compute-sanitizer over every CUDA kernel, on small shapes.
 
 Usage: python scripts/sanitize.py --output benchmarks/results/sanitizer_h200.json
 
-It needs the compiled extension and compute-sanitizer, of a CUDA toolkit or of the package
-nvidia-cuda-sanitizer-api (13.4 is the first that brings all of it). The tests run once as they are,
-to see which kernels they reach; then under each tool, in the time that is left.
+A program without PyTorch and cuBLAS (tests/sanitize) launches each kernel on its own, so that the
+tools have only these to instrument; it takes nvcc. GPU tests reach the same kernels through the
+ops; they take the compiled extension. Both run once as they are, to see which kernels they reach,
+then under each tool, in the time that is left. compute-sanitizer comes with a CUDA toolkit or with
+the package nvidia-cuda-sanitizer-api (13.4 is the first that brings all of it).
 """
 
 import argparse
@@ -15,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -38,16 +41,21 @@ TESTS = [
     f"{PROJECT}test_mixed_dtypes_in_one_call[cuda]",
     f"{PRODUCT}test_mixed_shapes[16-0-auto]",
 ]
-OURS = ["--kernel-name", "kns=lorax"]
-# Tool: its arguments, environment and longest run in seconds. Hazards in shared memory and barriers
-# are a kernel's own business, so other libraries' are left out. An overrun shows only where each
-# tensor is an allocation of its own, and what memory holds only if every writer is watched.
-NO_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-TOOLS: dict[str, tuple[list[str], dict[str, str], float]] = {
-    "memcheck": (["--report-api-errors", "no"], NO_CACHE, 45),
-    "racecheck": (OURS, {}, 35),
-    "synccheck": (OURS, {}, 25),
-    "initcheck": ([], NO_CACHE, 35),
+Row = dict[str, object]
+Options = tuple[list[str], dict[str, str], float]
+# Tool: its options, the environment, its longest run in seconds. An overrun shows only where each
+# tensor is an allocation of its own. racecheck dies of what else PyTorch loads, and initcheck does
+# not see what cuBLAS writes.
+TEST_TOOLS: dict[str, Options] = {
+    "memcheck": (["--report-api-errors", "no"], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, 45),
+    "synccheck": (["--kernel-name", "kns=lorax"], {}, 25),
+}
+# The same and what the program is told: initcheck takes poison for a write.
+PROGRAM_TOOLS: dict[str, tuple[Options, list[str]]] = {
+    "memcheck": (([], {}, 20), []),
+    "racecheck": ((["--racecheck-report", "all"], {}, 30), []),
+    "synccheck": (([], {}, 20), []),
+    "initcheck": (([], {}, 20), ["--unpoisoned"]),
 }
 COUNTS = {
     "errors": re.compile(r"ERROR SUMMARY: (\d+) error|SUMMARY: .*\((\d+) errors?"),
@@ -75,6 +83,20 @@ def kernels_of_sources() -> set[str]:
     return set(re.findall(r"__global__[^;{]*?\b(\w+_kernel)\s*\(", "\n".join(sources)))
 
 
+def kernels_in(text: str) -> set[str]:
+    """Kernels of ours among demangled names."""
+    return set(re.findall(r"lorax::.*?(\w+_kernel)\b", text))
+
+
+def count_outcomes(output: str) -> Row:
+    """What pytest, or the program, says of its checks in its last line."""
+    row: Row = {}
+    for outcome in ("passed", "failed", "skipped"):
+        counts = re.findall(rf"(\d+) {outcome}", output)
+        row[outcome] = int(counts[-1]) if counts else 0
+    return row
+
+
 def run_plainly(tests: list[str]) -> set[str]:
     """Kernels of ours that the tests reach; exits where they cannot run."""
     import pytest
@@ -85,76 +107,161 @@ def run_plainly(tests: list[str]) -> set[str]:
         torch.cuda.synchronize()
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         sys.exit(f"the tests cannot run (pytest: {code!r}); a test was perhaps renamed")
-    names = "\n".join(event.key for event in profile.key_averages())
-    return set(re.findall(r"lorax::.*?(\w+_kernel)\b", names))
+    return kernels_in("\n".join(event.key for event in profile.key_averages()))
 
 
-def sanitize(sanitizer: str, tool: str, tests: list[str], seconds: float) -> dict[str, object]:
-    """One tool over the tests: what it counted, and where it found something, the first report."""
-    options, more, longest = TOOLS[tool]
-    limit = min(longest, seconds)
-    log = Path(os.environ.get("TMPDIR", "/tmp")) / f"sanitizer_{os.getpid()}_{tool}.log"
-    command = [sanitizer, "--tool", tool, "--target-processes", "application-only", *options]
-    command += ["--log-file", str(log), sys.executable, "-m", "pytest", "-q"]
-    command += ["-p", "no:cacheprovider", *tests]
+def build_program(folder: Path) -> Path:
+    """The program of tests/sanitize, for the GPU that is here."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    from tests.sanitize.build import build
+
+    if CUDA_HOME is None:
+        sys.exit("nvcc was not found: set CUDA_HOME to a CUDA toolkit")
+    major, minor = torch.cuda.get_device_capability()
+    return build(str(Path(CUDA_HOME) / "bin" / "nvcc"), f"sm_{major}{minor}", folder)
+
+
+def sanitize(sanitizer: str, tool: str, options: Options, command: list[str], left: float) -> Row:
+    """One tool over a command: what it counted, and where it found something, the first report."""
+    flags, environment, longest = options
+    log = Path(tempfile.gettempdir()) / f"sanitizer_{os.getpid()}_{tool}.log"
+    whole = [sanitizer, "--tool", tool, "--target-processes", "application-only", *flags]
+    whole += ["--log-file", str(log), *command]
     start = time.monotonic()
     process = subprocess.Popen(
-        command,
+        whole,
         cwd=ROOT,
-        env=os.environ | more,
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=limit)
+        output, _ = process.communicate(timeout=min(longest, left))
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
     found = log.read_text() if log.exists() else ""
     log.unlink(missing_ok=True)
-    row: dict[str, object] = {
+    row: Row = {
         "tool": tool,
-        "options": [*options, *(f"{key}={value}" for key, value in more.items())],
+        "options": [*flags, *(f"{key}={value}" for key, value in environment.items())],
         "seconds": round(time.monotonic() - start, 1),
         "timed_out": process.returncode == -signal.SIGKILL,
+        **count_outcomes(output),
     }
-    for outcome in ("passed", "failed", "skipped"):
-        counts = re.findall(rf"(\d+) {outcome}", output)
-        row[outcome] = int(counts[-1]) if counts else 0
+    has_died = "Internal Sanitizer Error" in found + output
     for what, pattern in COUNTS.items():
         hits = [int(next(filter(None, hit.groups()))) for hit in pattern.finditer(found)]
-        row[what] = sum(hits) if hits else None
+        row[what] = sum(hits) if hits and not has_died else None
     reports = re.split(r"\n=+[ ]*\n", found)
     ours = [report for report in reports if "lorax::" in report.split("Saved host backtrace")[0]]
     row["reports_in_our_kernels"] = len(ours)
-    if row["errors"] or ours:
+    if row["errors"] or row["warnings"] or ours:
         row["first_report"] = (ours or reports)[0].splitlines()[:15]
     elif row["errors"] is None:
         row["last_lines"] = (found + output).splitlines()[-15:]
     return row
 
 
-def is_clean(row: dict[str, object]) -> bool:
+def is_clean(row: Row) -> bool:
     """Whether a tool ran to the end and found nothing."""
-    # cuBLAS reads whole vectors, past what was written where a row is padded.
-    counted = "reports_in_our_kernels" if row["tool"] == "initcheck" else "errors"
-    return row["errors"] is not None and row[counted] == 0
+    is_right = row.get("of") != "program" or (row.get("passed") and not row.get("failed"))
+    return row["errors"] == 0 and not row.get("warnings") and bool(is_right)
+
+
+class Record:
+    """The result file, written again after every row."""
+
+    def __init__(self, path: str, seconds: float, sanitizer: str) -> None:
+        """Starts an empty record, and the time."""
+        version = subprocess.run([sanitizer, "--version"], capture_output=True, text=True)
+        self.path, self.sanitizer = path, sanitizer
+        self.end = time.monotonic() + seconds
+        self.facts: dict[str, object] = {"sanitizer": " ".join(version.stdout.split()[-4:])}
+        self.rows: list[Row] = []
+        self.is_complete = True
+
+    def add_kernels(self, of: str, reached: set[str]) -> None:
+        """Notes which kernels of csrc something reaches."""
+        known = kernels_of_sources()
+        self.facts[f"kernels_{of}"] = sorted(known & reached)
+        self.facts[f"kernels_not_{of}"] = sorted(known - reached)
+        self.is_complete &= not known - reached
+        print(f"not {of}:", *sorted(known - reached) or ["none"], flush=True)
+
+    def add(self, of: str, tool: str, options: Options, command: list[str]) -> Row:
+        """One tool over a command, in the time that is left."""
+        from benchmarks.record import save
+
+        left = self.end - time.monotonic()
+        if left < 10:
+            row: Row = {"tool": tool, "errors": None, "not_run": "no time was left"}
+        else:
+            row = sanitize(self.sanitizer, tool, options, command, left)
+        row = {"of": of} | row
+        self.rows.append(row)
+        print(row, flush=True)
+        save(self.path, self.rows, **self.facts)
+        return row
+
+
+def over_program(record: Record, tools: list[str]) -> None:
+    """The program as it is, then under each tool; where one dies of it, family by family."""
+    from tests.sanitize.build import FAMILIES
+
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.monotonic()
+        try:
+            program = str(build_program(Path(folder)))
+        except RuntimeError as error:
+            record.is_complete = False
+            print(f"the program was not compiled: {error}", flush=True)
+            return
+        print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+        done = subprocess.run([program], capture_output=True, text=True)
+        print(done.stdout + done.stderr, flush=True)
+        record.facts["program"] = count_outcomes(done.stdout)
+        record.is_complete &= done.returncode == 0
+        record.add_kernels("launched", kernels_in(done.stdout))
+        for tool in tools:
+            options, told = PROGRAM_TOOLS[tool]
+            row = record.add("program", tool, options, [program, *told])
+            if row["errors"] is None and row.get("timed_out") is False:
+                for family in FAMILIES:
+                    record.add("program", tool, options, [program, *told, family])
+
+
+def over_tests(record: Record, tools: list[str], tests: list[str]) -> None:
+    """The tests as they are, then under each tool that can bear PyTorch."""
+    import lorax_kernels
+
+    compiled = lorax_kernels.backends()[0]
+    if not compiled.available:
+        sys.exit(f"the compiled kernels cannot run: {compiled.reason}")
+    record.facts["tests"] = tests
+    record.add_kernels("reached", run_plainly(tests))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    for tool in tools:
+        if tool in TEST_TOOLS:
+            record.add("tests", tool, TEST_TOOLS[tool], command)
 
 
 def main() -> int:
     """Saves what every tool found; 1 if one found something or could not run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="sanitizer.json")
-    parser.add_argument("--tool", nargs="+", default=list(TOOLS), choices=TOOLS)
-    parser.add_argument("--seconds", type=float, default=100, help="of all tools together")
+    parser.add_argument(
+        "--of", nargs="+", default=["program", "tests"], choices=["program", "tests"]
+    )
+    parser.add_argument("--tool", nargs="+", default=list(PROGRAM_TOOLS), choices=PROGRAM_TOOLS)
+    parser.add_argument("--seconds", type=float, default=150, help="of everything together")
     parser.add_argument("--test", nargs="+", default=TESTS, help="pytest ids")
     arguments = parser.parse_args()
     import torch
-
-    import lorax_kernels
-    from benchmarks.record import save
 
     sanitizer = find_sanitizer()
     if sanitizer is None:
@@ -164,32 +271,13 @@ def main() -> int:
         )
     if not torch.cuda.is_available():
         sys.exit("PyTorch sees no CUDA device here")
-    compiled = lorax_kernels.backends()[0]
-    if not compiled.available:
-        sys.exit(f"the compiled kernels cannot run: {compiled.reason}")
-    version = subprocess.run([sanitizer, "--version"], capture_output=True, text=True, check=False)
-    end = time.monotonic() + arguments.seconds
     os.chdir(ROOT)
-    reached = run_plainly(arguments.test)
-    known = kernels_of_sources()
-    facts = {
-        "sanitizer": " ".join(version.stdout.split()[-4:]),
-        "tests": arguments.test,
-        "kernels_reached": sorted(known & reached),
-        "kernels_not_reached": sorted(known - reached),
-    }
-    print("not reached:", *facts["kernels_not_reached"] or ["none"], flush=True)
-    rows: list[dict[str, object]] = []
-    for tool in arguments.tool:
-        left = end - time.monotonic()
-        if left < 10:
-            row: dict[str, object] = {"tool": tool, "errors": None, "not_run": "no time was left"}
-        else:
-            row = sanitize(sanitizer, tool, arguments.test, left)
-        rows.append(row)
-        print(row, flush=True)
-        save(arguments.output, rows, **facts)
-    return 0 if all(map(is_clean, rows)) else 1
+    record = Record(arguments.output, arguments.seconds, sanitizer)
+    if "program" in arguments.of:
+        over_program(record, arguments.tool)
+    if "tests" in arguments.of:
+        over_tests(record, arguments.tool, arguments.test)
+    return 0 if record.is_complete and all(map(is_clean, record.rows)) else 1
 
 
 if __name__ == "__main__":
