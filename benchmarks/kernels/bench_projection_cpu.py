@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.kernels.bench_projection import DTYPES, TINYLLAMA, error, layers, loop
+from benchmarks.kernels.bench_projection import TINYLLAMA, error, layers, loop
 from benchmarks.record import save
 from lorax_kernels.ops import project
 
@@ -25,7 +25,7 @@ RANK, TURNS = 320, 15
 
 
 def measure(r, basis, factor):
-    blocks, bases = layers(TINYLLAMA, RANK, r, DTYPES[basis], DTYPES[factor], "cpu")
+    blocks, bases = layers(TINYLLAMA, RANK, r, basis, factor, "cpu")
     methods = {"torch": lambda: loop(blocks, bases), "project": lambda: project(blocks, bases)}
     errors = {name: error(run(), blocks, bases, len(blocks)) for name, run in methods.items()}
     times = {name: [] for name in methods}
