@@ -76,6 +76,41 @@ void check_conversions() {
   for (int i = 0; i < kConversions; ++i) expect.same(got[i], values[i]);
 }
 
+// A matrix in parts that add up to it, into others: side by side, or one below the other.
+template <typename To, typename From>
+void check_parts(Float to_type, Float from_type, int from_parts, int to_parts, bool is_beside) {
+  const int rows = 63, columns = 7;
+  const int64_t from_row = columns + 3, from_part = rows * from_row + 1;
+  const int64_t to_part = is_beside ? columns : rows * columns;
+  const int64_t to_row = is_beside ? to_parts * columns : columns;
+  const std::vector<float> values = normals(from_parts * from_part);
+  std::vector<From> from(values.size());
+  for (size_t i = 0; i < from.size(); ++i) {
+    const double share = std::pow(0x1p-8, static_cast<double>(i / from_part));
+    from[i] = static_cast<From>(static_cast<float>(values[i] * share));
+  }
+  const Buffer<From> source(from);
+  const Buffer<To> target(int64_t{to_parts} * rows * columns);
+  LORAX_RUN(launch_conversions({{source.data(), target.data(), from_row, 1, to_row, rows, columns,
+                                 from_type, to_type, from_parts, to_parts, from_part, to_part}},
+                               nullptr));
+  const std::vector<To> got = target.read();
+  const double left = std::pow(std::is_same_v<To, float> ? 0x1p-24 : 0x1p-8, to_parts);
+  Expect expect("convert_kernel, %d parts to %d", from_parts, to_parts);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      double want = 0, sum = 0, size = 0;
+      for (int p = 0; p < from_parts; ++p) {
+        const double part = widened(from[i * from_row + j + p * from_part]);
+        want += part;
+        size += std::fabs(part);
+      }
+      for (int p = 0; p < to_parts; ++p) sum += widened(got[i * to_row + j + p * to_part]);
+      expect.near(sum, want, std::fabs(want) * left + size * kUlp);
+    }
+  }
+}
+
 void check_pointers() {
   const int count = kUploadPointers + 63;
   std::vector<const void*> pointers(count);
@@ -93,6 +128,11 @@ void check_pointers() {
 
 void check_lists() {
   check_conversions();
+  check_parts<__nv_bfloat16, float>(Float::kBFloat16, Float::kFloat32, 1, 3, true);
+  check_parts<__nv_bfloat16, double>(Float::kBFloat16, Float::kFloat64, 1, 2, false);
+  check_parts<__nv_bfloat16, __half>(Float::kBFloat16, Float::kFloat16, 1, 2, true);
+  check_parts<__nv_bfloat16, __nv_bfloat16>(Float::kBFloat16, Float::kBFloat16, 2, 3, true);
+  check_parts<float, __nv_bfloat16>(Float::kFloat32, Float::kBFloat16, 3, 1, false);
   check_pointers();
 }
 
