@@ -29,6 +29,7 @@ CUDA_SOURCES = [
     "csrc/narrow.cu",
     "csrc/orthonormalize.cu",
     "csrc/shift.cu",
+    "csrc/stack.cu",
     "csrc/symmetric_eigh.cu",
     "csrc/project.cu",
 ]

@@ -68,6 +68,10 @@ void gram_pieces(const at::Tensor& X, at::Tensor& G) {
                                 c10::cuda::getCurrentCUDAStream()));
 }
 
+// The float32 strip of a Gram matrix lives in scratch memory of about this size, for some matrices at
+// a time.
+constexpr int64_t kStripBytes = int64_t{256} << 20;
+
 }  // namespace
 
 at::Tensor gram(const at::Tensor& X, at::ScalarType dtype) {
@@ -84,6 +88,44 @@ at::Tensor gram(const at::Tensor& X, at::ScalarType dtype) {
     gram_exact_factors(X, G);
   }
   return G;
+}
+
+at::Tensor gram_halves(const at::Tensor& X) {
+  check_block(X, "X");
+  const c10::cuda::CUDAGuard guard(X.device());
+  const int64_t batch = X.size(0), rows = X.size(1), columns = X.size(2);
+  at::Tensor pieces = at::empty({2, batch, columns, columns}, X.options());
+  if (pieces.numel() == 0) return pieces;
+  if (X.numel() == 0) return pieces.zero_();
+  const bool columns_apart = X.stride(1) == 1 && X.stride(2) >= rows;
+  const bool rows_apart = X.stride(2) == 1 && X.stride(1) >= columns;
+  const at::Tensor kept = rows_apart || columns_apart ? X : X.contiguous();
+  const bool is_transposed = !rows_apart && columns_apart;
+  const int64_t stride = kept.stride(is_transposed ? 2 : 1);
+  const auto* data = static_cast<const uint16_t*>(kept.const_data_ptr());
+  auto* high = reinterpret_cast<__half*>(pieces.mutable_data_ptr<at::Half>());
+  auto* low = high + batch * columns * columns;
+  // Block rows from the diagonal on: the half below is mirrored, not computed.
+  const int64_t strip = columns < 2 * kStrip ? columns : kStrip;
+  const int64_t step = std::clamp<int64_t>(kStripBytes / (strip * columns * 4), 1, batch);
+  const at::Tensor scratch = at::empty({step, strip, columns}, X.options().dtype(at::kFloat));
+  auto* T = scratch.mutable_data_ptr<float>();
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  for (int64_t first = 0; first < batch; first += step) {
+    const int64_t count = std::min(step, batch - first);
+    for (int64_t start = 0; start < columns; start += strip) {
+      const int64_t some = std::min(strip, columns - start), wide = columns - start;
+      const uint16_t* from =
+          data + first * kept.stride(0) + start * (is_transposed ? stride : int64_t{1});
+      multiply(at::kHalf, count, some, wide, rows, 1.0,
+               {from, stride, kept.stride(0), !is_transposed},
+               {from, stride, kept.stride(0), is_transposed}, 0.0, T, wide, some * wide);
+      const int64_t offset = first * columns * columns;
+      C10_CUDA_CHECK(launch_strip_pieces(T, high + offset, low + offset, count, some, columns,
+                                         start, stream));
+    }
+  }
+  return pieces;
 }
 
 }  // namespace lorax

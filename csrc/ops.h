@@ -11,6 +11,7 @@ namespace lorax {
 
 at::Tensor thin_matmul(const at::Tensor& W, const at::Tensor& X, bool transpose, int64_t pieces);
 at::Tensor gram(const at::Tensor& X, at::ScalarType dtype);
+at::Tensor gram_halves(const at::Tensor& X);
 at::Tensor orthonormalize(const at::Tensor& X, bool quick);
 std::tuple<at::Tensor, at::Tensor> symmetric_eigh(const at::Tensor& H);
 at::Tensor rotate(const at::Tensor& X, const at::Tensor& R);
@@ -18,6 +19,7 @@ at::Tensor cholesky_qr(const at::Tensor& X);
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> ritz(const at::Tensor& Q,
                                                                 const at::Tensor& B,
                                                                 int64_t wanted);
+at::Tensor stack_halves(at::TensorList matrices, at::IntArrayRef exponents);
 at::Tensor shift(const at::Tensor& Z, const at::Tensor& X, const at::Tensor& a,
                  const at::Tensor& s);
 std::vector<at::Tensor> project(at::TensorList blocks, at::TensorList read, at::TensorList write);

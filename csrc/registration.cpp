@@ -7,11 +7,13 @@
 TORCH_LIBRARY_IMPL(lorax_kernels, CUDA, m) {
   m.impl("thin_matmul", TORCH_FN(lorax::thin_matmul));
   m.impl("gram", TORCH_FN(lorax::gram));
+  m.impl("gram_halves", TORCH_FN(lorax::gram_halves));
   m.impl("orthonormalize", TORCH_FN(lorax::orthonormalize));
   m.impl("symmetric_eigh", TORCH_FN(lorax::symmetric_eigh));
   m.impl("rotate", TORCH_FN(lorax::rotate));
   m.impl("cholesky_qr", TORCH_FN(lorax::cholesky_qr));
   m.impl("ritz", TORCH_FN(lorax::ritz));
+  m.impl("stack_halves", TORCH_FN(lorax::stack_halves));
   m.impl("shift", TORCH_FN(lorax::shift));
   m.impl("project", TORCH_FN(lorax::project));
 }

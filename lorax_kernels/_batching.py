@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matrices of any shapes as stacks of equal ones, in bounded memory."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 
+from . import ops
 from ._planning import Plan
 
 # Outside of these bounds squares of entries overflow or vanish in float32.
 _SAFE = (1e-8, 1e8)
-# Weights that are scaled on the way are copied so many bytes at a time.
-_SCRATCH_BYTES = 256 << 20
 # Largest entry in float16: products with orthonormal blocks are then of order one, and entries down
 # to 2^-15 of the largest keep all the digits of a bfloat16.
 _HALF_EXPONENT = -2
-# Up to this power of two a scaled float16 or bfloat16 loses no digit that matters: what a float16
-# loses at its small end lies 2^-24 under its largest entry.
-_EXACT_POWER = 16
 
 
 def check(index: int, matrix: object, rank: int | None) -> None:
@@ -55,7 +52,7 @@ def chunks(
         # The block and its products before and after a rotation, and their pieces.
         size += 4 * (4 * short + 3 * long) * p.width
         # The Gram matrix in float32, or in two float16 pieces.
-        size += 4 * short**2 if p.use_gram else 0
+        size += 4 * short**2 if p.use_gram or p.gram_from < math.inf else 0
     pieces = -(-len(group) * size // workspace)
     count = max(1, -(-len(group) // max(1, pieces)))
     for start in range(0, len(group), count):
@@ -63,7 +60,7 @@ def chunks(
 
 
 def stack(
-    matrices: Sequence[torch.Tensor], chunk: list[int], exact: bool, halves: bool
+    matrices: Sequence[torch.Tensor], chunk: list[int], exact: bool, halves: bool, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A stack to decompose and the factor `(b,)` by which its singular values were divided.
 
@@ -76,6 +73,7 @@ def stack(
         chunk: which to stack.
         exact: for the exact path, which keeps float64.
         halves: for tensor cores.
+        backend: passed to the ops.
 
     Raises:
         ValueError: a matrix holds NaN or Inf.
@@ -96,18 +94,13 @@ def stack(
     else:
         working = torch.float16 if halves and first.dtype.itemsize == 2 else torch.float32
     shifts = shift.tolist()
+    if working == torch.float16 and (len(chunk) > 1 or shifts[0] != 0 or first.dtype != working):
+        exponents = [-int(power) for power in shifts]
+        some = [matrices[i] for i in chunk]
+        return ops.stack_halves(some, exponents, backend=backend), torch.exp2(shift)
     if len(chunk) == 1 and shifts[0] == 0:
         return first[None].to(working), torch.ones_like(shift)
     stacked = torch.empty(len(chunk), *first.shape, dtype=working, device=first.device)
-    if halves and max(abs(power) for power in shifts) < _EXACT_POWER:
-        # A power of two changes no digit, so that the weights' own dtype will do.
-        step = max(1, _SCRATCH_BYTES // (first.numel() * first.itemsize))
-        for start in range(0, len(chunk), step):
-            some = slice(start, start + step)
-            powers = [2.0**-power for power in shifts[some]]
-            scaled = torch._foreach_mul([matrices[i] for i in chunk[some]], powers)
-            torch._foreach_copy_(list(stacked[some]), scaled)
-        return stacked, torch.exp2(shift)
     wide = torch.promote_types(first.dtype, working)
     for row, i, power in zip(stacked, chunk, shifts, strict=True):
         if power == 0:

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The matrices of an iteration as its products read them."""
 
+import functools
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
 from . import ops
-
-# A float16 holds 11 bits: the second piece of a float32 is scaled up by as many.
-_PIECE = 2.0**11
-# Gram matrices are held in float32 a few at a time.
-_SCRATCH_BYTES = 256 << 20
+from .ops.gram_halves import PIECE
 
 
 @dataclass(frozen=True)
@@ -30,21 +28,16 @@ class Stack:
         if not halves or W.dtype != torch.float32:
             return Stack((W,))
         high = W.half()
-        low = ((W - high) * _PIECE).half()
-        return Stack((high, low), (1.0, 1 / _PIECE))
+        low = ((W - high) * PIECE).half()
+        return Stack((high, low), (1.0, 1 / PIECE))
 
     @staticmethod
-    def gram(tall: torch.Tensor, halves: bool, backend: str) -> "Stack":
-        """`W^T W` of `(b, m, n)`, from 16-bit entries under 1/2 in size where `halves`."""
-        if not halves:
+    def gram(tall: torch.Tensor, backend: str) -> "Stack":
+        """`W^T W` of `(b, m, n)`; of float16 entries, under 1/2 in size, as two float16 pieces."""
+        if tall.dtype != torch.float16:
             return Stack((ops.gram(tall, backend=backend),))
-        n = tall.shape[2]
-        step = max(1, _SCRATCH_BYTES // (4 * n * n))
         # On tensor cores to their own accuracy: the filter needs no more.
-        products = (torch.bmm(W.mT, W, out_dtype=torch.float32) for W in tall.split(step))
-        pieces = [Stack.of(G, halves) for G in products]
-        parts = zip(*(piece.parts for piece in pieces), strict=True)
-        return Stack(tuple(torch.cat(part) for part in parts), pieces[0].factors)
+        return Stack(tuple(ops.gram_halves(tall, backend=backend)), (1.0, 1 / PIECE))
 
     @property
     def device(self) -> torch.device:
@@ -63,8 +56,10 @@ class Stack:
     def times(self, X: torch.Tensor, transpose: bool, pieces: int, backend: str) -> torch.Tensor:
         """`W X` or `W^T X` in float32, both to `pieces` parts on tensor cores."""
         product = None
-        for part, factor in list(zip(self.parts, self.factors, strict=True))[:pieces]:
-            term = ops.thin_matmul(part, X, transpose=transpose, pieces=pieces, backend=backend)
+        for i, (part, factor) in enumerate(zip(self.parts[:pieces], self.factors, strict=False)):
+            # A second part is as small as a second piece.
+            own = pieces - i
+            term = ops.thin_matmul(part, X, transpose=transpose, pieces=own, backend=backend)
             product = term if product is None else product.add_(term, alpha=factor)
         return product  # type: ignore[return-value]
 
@@ -79,6 +74,13 @@ class Operator:
     # rounding leaves is for W to finish.
     G: Stack | None
     backend: str
+    # Degrees left from which forming one pays, those in two pieces counted twice.
+    gram_from: float = math.inf
+
+    def with_gram(self) -> "Operator":
+        """The same with the Gram matrix, in the precision of the weights' first part."""
+        first = self.W.parts[0]
+        return replace(self, G=Stack.gram(first.mT if self.flipped else first, self.backend))
 
     @property
     def rows(self) -> int:
@@ -94,6 +96,18 @@ class Operator:
     def rounding(self) -> float:
         """Relative rounding of a block multiplied in one piece; 0 where products are float32."""
         return 2.0**-12 if self.W.parts[0].dtype == torch.float16 else 0.0
+
+    @functools.cached_property
+    def gram_rounding(self) -> torch.Tensor:
+        """What rounding the Gram matrix to one piece mixes into a direction, `(b,)`; 0 without it.
+
+        Rounding turns no two directions in particular into each other: a direction is off by as
+        much towards each of the others, and by the root of their number times as much in all.
+        """
+        if self.G is None or self.rounding == 0:
+            return self.W.parts[0].new_zeros(self.W.shape[0], dtype=torch.float64)
+        norm = torch.linalg.vector_norm(self.G.parts[0], dim=(1, 2), dtype=torch.float32)
+        return self.rounding * norm.double() / math.sqrt(3 * self.G.shape[1])
 
     def forward(self, X: torch.Tensor, pieces: int) -> torch.Tensor:
         """`W X`, from the short side to the long one."""

@@ -64,6 +64,16 @@ def _gram_fake(X: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return X.new_empty(X.shape[0], X.shape[2], X.shape[2], dtype=dtype)
 
 
+def check_gram_halves(X: torch.Tensor) -> None:
+    """Raises ValueError or TypeError unless `gram_halves` can take this batch."""
+    _block("X", X, (torch.float16,))
+
+
+def _gram_halves_fake(X: torch.Tensor) -> torch.Tensor:
+    check_gram_halves(X)
+    return X.new_empty(2, X.shape[0], X.shape[2], X.shape[2])
+
+
 def check_orthonormalize(X: torch.Tensor) -> None:
     """Raises ValueError or TypeError unless `orthonormalize` can take this block."""
     _block("X", X, (torch.float32,))
@@ -227,6 +237,7 @@ _define(
     _thin_matmul_fake,
 )
 _define("gram", "(Tensor X, ScalarType dtype) -> Tensor", _gram_fake)
+_define("gram_halves", "(Tensor X) -> Tensor", _gram_halves_fake)
 _define("orthonormalize", "(Tensor X, bool quick) -> Tensor", _orthonormalize_fake)
 _define("cholesky_qr", "(Tensor X) -> Tensor", _cholesky_qr_fake)
 _define("ritz", "(Tensor Q, Tensor B, int k) -> (Tensor, Tensor, Tensor, Tensor)", _ritz_fake)
@@ -234,3 +245,4 @@ _define("symmetric_eigh", "(Tensor H) -> (Tensor, Tensor)", _symmetric_eigh_fake
 _define("rotate", "(Tensor X, Tensor R) -> Tensor", _rotate_fake)
 _define("shift", "(Tensor Z, Tensor X, Tensor a, Tensor s) -> Tensor", _shift_fake)
 _define("project", "(Tensor[] blocks, Tensor[] read, Tensor[] write) -> Tensor[]", _project_fake)
+_define("stack_halves", "(Tensor[] matrices, int[] exponents) -> Tensor", _stack_halves_fake)

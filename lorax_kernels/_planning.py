@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which path a truncated SVD takes and how wide its block is: measured costs, nothing else."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,13 +29,17 @@ class Costs:
 
 # benchmarks/kernels/bench_costs.py measures them and shows where a plan is wrong.
 CPU = Costs(thin=62e9, gram=95e9, exact_gram=95e9, eigh=8.4e9, block=4.9e9)
-CUDA = Costs(thin=550e12, gram=600e12, exact_gram=60e12, eigh=0.6e12, block=6e12)
+CUDA = Costs(thin=480e12, gram=700e12, exact_gram=58e12, eigh=0.55e12, block=2.8e12)
 # Degrees of the filter for the spectrum of a trained weight: square ones are those of attention,
 # the others belong to MLPs and are flatter (12 and 17 on average in SmolLM2-135M at rank 64).
 _DEGREE = 12
 _DEGREE_OBLONG = 16
 # Degrees that cost as much as a look.
 _LOOK = 4
+# On a GPU, where a Gram matrix may also be formed once its use is known: degrees that even a steep
+# spectrum takes, and products that are worth it at most, those in two pieces counted twice.
+_FEWEST = 8
+_MOST = 48
 # Steps of the block that `_DEGREE` degrees take.
 _BLOCK_STEPS = 15
 
@@ -46,14 +51,16 @@ class Plan:
     Attributes:
         path: "randomized" or "exact".
         width: columns of the block.
-        use_gram: filter with the Gram matrix instead of the weights.
+        use_gram: filter with the Gram matrix instead of the weights from the start.
         max_passes: products after which the exact path would have been cheaper.
+        gram_from: degrees left, those in two pieces counted twice, from which it pays later on.
     """
 
     path: str
     width: int
     use_gram: bool
     max_passes: int = 64
+    gram_from: float = math.inf
 
 
 def _width(k: int, device: torch.device) -> int:
@@ -101,17 +108,21 @@ def plan(
     degree: float = _DEGREE if long == short else _DEGREE_OBLONG
     if max_passes is not None:
         degree = min(degree, max_passes / 2)
-    on_weights = degree * pieces * 4 * long * short * width / costs.thin
-    on_gram = degree * 2 * short**2 * width / costs.thin
-    if halves:
-        # A look stays with the weights, and in two pieces it costs as much as four degrees.
-        on_gram += on_weights * _LOOK / degree
+    by_weights = pieces * 4 * long * short * width / costs.thin
+    by_gram = 2 * short**2 * width / costs.thin
     forming = 2 * long * short**2 / costs.gram
-    block = _BLOCK_STEPS * min(degree / _DEGREE, 1) * short * width**2 / costs.block
+    # In two pieces a product with weights costs twice as much, with a Gram matrix three times.
+    saved = by_weights - (1.5 if halves else 1.0) * by_gram
+    pays = forming / saved if saved > 0 else math.inf
     # In float16 sums of more squares than this leave its range.
-    use_gram = forming + on_gram < on_weights and not (halves and long > 1 << 17)
-    iterating = on_gram if use_gram else on_weights
+    gram_from = pays if halves and pays <= _MOST and long <= 1 << 17 else math.inf
+    use_gram = gram_from <= _FEWEST if halves else pays < degree
+    iterating = degree * (by_gram if use_gram else by_weights)
+    if halves and use_gram:
+        # A look stays with the weights, and in two pieces it costs as much as four degrees.
+        iterating += _LOOK * by_weights
+    block = _BLOCK_STEPS * min(degree / _DEGREE, 1) * short * width**2 / costs.block
     if exact <= iterating + use_gram * forming + block:
         return Plan("exact", short, False)
     passes = int(2 * degree * exact / (iterating + block))
-    return Plan("randomized", width, use_gram, min(max(passes, 40), 200))
+    return Plan("randomized", width, use_gram, min(max(passes, 40), 200), gram_from)

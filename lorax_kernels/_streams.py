@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pieces of work side by side on a GPU, so that the small kernels of one do not leave it idle."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -13,6 +14,12 @@ _Result = TypeVar("_Result")
 # Pieces under way at a time. Small eigenproblems and Cholesky panels are a third of the time of a
 # piece and use a tenth of a GPU; with two, the products of the other fill the rest.
 LANES = 2
+
+
+@functools.cache
+def _streams(index: int) -> tuple[torch.cuda.Stream, ...]:
+    """Streams of one device, always the same: PyTorch keeps freed memory stream by stream."""
+    return tuple(torch.cuda.Stream(index) for _ in range(LANES))
 
 
 def side_by_side(
@@ -39,7 +46,7 @@ def side_by_side(
     if device.type != "cuda" or len(jobs) < 2 or torch.cuda.is_current_stream_capturing():
         return [run(job) for job in jobs]
     caller = torch.cuda.current_stream(device)
-    streams = [torch.cuda.Stream(device) for _ in range(LANES)]
+    streams = _streams(caller.device_index)
     for stream in streams:
         stream.wait_stream(caller)
     free = list(streams)

@@ -119,14 +119,14 @@ class _Ritz:
         return _Ritz(self.Q[index], Y, *(t[index] for t in rest))
 
 
-def _glance(A: Operator, Q: torch.Tensor, k: int, known: int) -> _Ritz:
+def _glance(A: Operator, Q: torch.Tensor, k: int, known: int, pieces: int = 1) -> _Ritz:
     """What steers a cycle, without an eigenproblem: Rayleigh quotients for Ritz values.
 
     The columns of an orthonormalised block are in the order of what they hold, nearly, so that the
     quotients are near the Ritz values. Of a block that is still nearly random the least of them is
     the better place to end the damped interval: the least Ritz value is low by a factor of two.
     """
-    Z = A.apply(Q)
+    Z = A.apply(Q, pieces)
     H = torch.bmm(Q.mT, Z)
     rho = Z - ops.rotate(Q, H, backend=A.backend)
     quotients = torch.diagonal(H, dim1=1, dim2=2).clamp_min(0)
@@ -171,6 +171,11 @@ class _Cycle:
     coarse: torch.Tensor  # (b,) factors with the block rounded to one piece
     fine: torch.Tensor  # (b,) factors after those, with the block in two pieces
 
+    @property
+    def work(self) -> int:
+        """Factors of the longest cycle, those in two pieces counted twice."""
+        return int((self.coarse + 2 * self.fine).max())
+
     def cut(self, degree: int) -> "_Cycle":
         """No more than `degree` degrees, and none of them fine where there would be more."""
         total = self.coarse + self.fine
@@ -188,14 +193,15 @@ class _Cycle:
 def _next_cycle(A: Operator, ritz: _Ritz, k: int, tol: float) -> _Cycle:
     """Smallest listed degree that should bring the error under the tolerance, for each matrix.
 
-    A block in one piece leaves an error of about its rounding times `theta_k / (theta_k -
-    theta_l)`. Where that is above the tolerance, the last factors take two: as many as would bring
-    the error from there under it.
+    Factors in one piece leave an error of about their rounding over `theta_k - theta_l`. Where that
+    is above the tolerance, the last factors take two: as many as would bring the error from there
+    under it.
     """
     theta = ritz.theta.double()
     last, first_beyond = theta[:, k - 1], theta[:, -1].clamp_min(1e-300)
     rate = torch.acosh((2 * last / first_beyond - 1).clamp_min(1 + 1e-9))
-    floor = A.rounding * last / (last - first_beyond).clamp_min(1e-9 * last + 1e-300)
+    rounding = torch.maximum(A.rounding * last, A.gram_rounding)
+    floor = rounding / (last - first_beyond).clamp_min(1e-9 * last + 1e-300)
     aim = torch.full_like(floor, _AIM * tol)
     planned = torch.maximum(ritz.planned, (aim * ritz.mixed).sqrt())
     turn = torch.maximum(torch.minimum(planned, floor), aim)
@@ -273,12 +279,17 @@ def _solve(
         # What the Gram matrix could do is done.
         A = replace(A, G=None)
     glances = stage < _GLANCES and left >= _ENOUGH_LEFT
-    ritz = (_glance if glances else _rayleigh_ritz)(A, Q, k, known)
+    # A first glance sees no error as small as what a rounded Gram matrix leaves; later ones may.
+    pieces = 2 if A.G is not None and stage > 0 else 1
+    ritz = _glance(A, Q, k, known, pieces) if glances else _rayleigh_ritz(A, Q, k, known)
     if known < Q.shape[2]:
         ritz = ritz.with_unknown(known > k, tol)
     del Q
     left -= 2
     cycle = _next_cycle(A, ritz, k, tol)
+    if A.G is None and ritz.Y is None and cycle.work >= A.gram_from:
+        A = A.with_gram()
+        cycle = _next_cycle(A, ritz, k, tol)
     if stage < len(_SHORT_CYCLES) and ritz.Y is None:
         cycle = cycle.cut(_SHORT_CYCLES[stage])
     cycle = cycle.clamp(max(0, left // 2))
@@ -332,6 +343,7 @@ def iterate(
     max_passes: int,
     *,
     use_gram: bool,
+    gram_from: float = math.inf,
     known: int,
     backend: str,
 ) -> Triplets:
@@ -345,6 +357,8 @@ def iterate(
         max_passes: products with `W` or its transpose at most; fewer than four count as four, and
             fewer than two for a warm start as two.
         use_gram: filter with the Gram matrix instead of `W` as far as its rounding allows.
+        gram_from: form one later where a glance sees at least so many degrees left, those in two
+            pieces counted twice.
         known: leading columns of the start that are those of a matrix like this one, at least `k`;
             0 for a random start.
         backend: passed to the ops.
@@ -355,11 +369,9 @@ def iterate(
     count, m, n = W.shape
     flipped = n > m
     halves = W.is_cuda and _backends.requested(backend) != "reference"
-    weights, G = Stack.of(W, halves), None
+    A = Operator(Stack.of(W, halves), flipped, None, backend, gram_from)
     if use_gram and not known:
-        first = weights.parts[0]
-        G = Stack.gram(first.mT if flipped else first, halves, backend)
-    A = Operator(weights, flipped, G, backend)
+        A = A.with_gram()
     Q = start.expand(count, -1, -1).contiguous()
     spent = 0
     if not known:

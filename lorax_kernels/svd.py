@@ -127,7 +127,7 @@ def truncated_svd(
 
     def run(job: _Job) -> list[SVD]:
         exact = job.plan.path == "exact"
-        stack, scale = _batching.stack(matrices, job.chunk, exact, job.on_tensor_cores)
+        stack, scale = _batching.stack(matrices, job.chunk, exact, job.on_tensor_cores, backend)
         start = [starts[i] for i in job.chunk]
         parts = _decompose(stack, job.k, job.plan, tol, max_passes, start, seed, backend)
         return _results(parts, scale)
@@ -256,6 +256,7 @@ def _decompose(
         tol,
         p.max_passes if max_passes is None else max_passes,
         use_gram=p.use_gram,
+        gram_from=p.gram_from,
         known=min(known) if len(known) > 1 else 0,
         backend=backend,
     )

@@ -102,3 +102,23 @@ def symmetric_matrices(l: int, device: str = "cpu") -> dict[str, torch.Tensor]:
         "huge": gram * 1e30,
     }
     return {name: (H + H.mT) / 2 for name, H in found.items()}
+
+
+def weigh_halves(pieces: torch.Tensor) -> torch.Tensor:
+    """What the two pieces of `gram_halves` stand for, in float64."""
+    return pieces[0].double() + pieces[1].double() / 2**11
+
+
+# (batch, m, n): one; prime; three block rows of a strip, the last of them part empty
+GRAM_SHAPES = [(1, 1, 1), (3, 63, 199), (2, 1025, 65), (2, 70, 2305)]
+# 24 bits of a matrix whose entries are within 2^10 of each other, and sums as tensor cores make
+# them, which on the diagonal lose 2^-24 a step of 16 rows.
+HALVES_TOLERANCE = 2e-5
+# What stacking must keep: (exponent, smallest and largest size of the entries)
+STACKED = [(0, 2.0**-10, 1.0), (9, 2.0**-20, 2.0**-12), (-120, 2.0**110, 2.0**118)]
+
+
+def scaled_matrix(m: int, n: int, low: float, high: float, device: str = "cpu") -> torch.Tensor:
+    """A bfloat16 matrix of entries between these sizes, of either sign."""
+    size = low * (high / low) ** torch.rand(m, n, device=device, dtype=torch.float64)
+    return (size * torch.randn(m, n, device=device, dtype=torch.float64).sign()).bfloat16()

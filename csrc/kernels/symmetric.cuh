@@ -36,6 +36,43 @@ __global__ void mirror_kernel(T* __restrict__ G, int64_t columns) {
   }
 }
 
+/// Two float16 pieces, the second times 2^11, of rows of a symmetric matrix from the diagonal on and
+/// of their mirror image; where both sides of a pair are given the upper one decides.
+///
+/// T     (batch, rows, columns - start)  float32: rows start.. of G, columns start..
+/// high  (batch, columns, columns)       float16
+/// low   (batch, columns, columns)       float16
+static __global__ void strip_pieces_kernel(const float* __restrict__ T, __half* __restrict__ high,
+                                           __half* __restrict__ low, int64_t rows, int64_t columns,
+                                           int64_t start) {
+  if (blockIdx.x < blockIdx.y) return;
+  __shared__ float tile[kMirrorTile][kMirrorTile + 1];
+  const int64_t width = columns - start, batch = blockIdx.z;
+  const float* t = T + batch * rows * width;
+  high += batch * columns * columns;
+  low += batch * columns * columns;
+  const int64_t top = static_cast<int64_t>(blockIdx.y) * kMirrorTile;
+  const int64_t left = static_cast<int64_t>(blockIdx.x) * kMirrorTile;
+  const auto write = [&](int64_t i, int64_t j, float value) {
+    const __half piece = __float2half_rn(value);
+    const int64_t at = (start + i) * columns + start + j;
+    high[at] = piece;
+    low[at] = __float2half_rn((value - __half2float(piece)) * 2048.f);
+  };
+  for (int r = threadIdx.y; r < kMirrorTile; r += kMirrorRows) {
+    const int64_t i = top + r, j = left + threadIdx.x;
+    if (i >= rows || j >= width) continue;
+    const float value = t[i * width + j];
+    tile[r][threadIdx.x] = value;
+    if (i <= j) write(i, j, value);
+  }
+  __syncthreads();
+  for (int r = threadIdx.y; r < kMirrorTile; r += kMirrorRows) {
+    const int64_t j = left + r, i = top + threadIdx.x;
+    if (i < rows && j < width && i < j) write(j, i, tile[threadIdx.x][r]);
+  }
+}
+
 /// G = H + C + C^T scaled on both sides, from T = P_0^T [P_0 | P_1] = [H | C] of two pieces.
 ///
 /// Plain (kNormalize false): undoes the column scales; the diagonal comes from the exact norms,
@@ -205,6 +242,18 @@ inline cudaError_t launch_triangle_pieces(const float* M, const float* normalize
     triangle_pieces_kernel<false>
         <<<grid, threads, 0, stream>>>(M, normalizer, stack, gain, columns, extent);
   }
+  return cudaGetLastError();
+}
+
+inline cudaError_t launch_strip_pieces(const float* T, __half* high, __half* low, int64_t batch,
+                                       int64_t rows, int64_t columns, int64_t start,
+                                       cudaStream_t stream) {
+  const auto tiles = [](int64_t extent) {
+    return static_cast<unsigned>(ceil_div(extent, kMirrorTile));
+  };
+  const dim3 grid(tiles(columns - start), tiles(rows), static_cast<unsigned>(batch));
+  strip_pieces_kernel<<<grid, dim3(kMirrorTile, kMirrorRows), 0, stream>>>(T, high, low, rows,
+                                                                           columns, start);
   return cudaGetLastError();
 }
 

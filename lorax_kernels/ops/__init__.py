@@ -3,10 +3,12 @@
 
 from .cholesky_qr import cholesky_qr as cholesky_qr
 from .gram import gram as gram
+from .gram_halves import gram_halves as gram_halves
 from .orthonormalize import orthonormalize as orthonormalize
 from .project import project as project
 from .ritz import ritz as ritz
 from .rotate import rotate as rotate
 from .shift import shift as shift
+from .stack_halves import stack_halves as stack_halves
 from .symmetric_eigh import symmetric_eigh as symmetric_eigh
 from .thin_matmul import thin_matmul as thin_matmul

@@ -333,6 +333,9 @@ def test_smallest_of_each() -> None:
             ops.thin_matmul(W, X * 1e9, transpose=True, pieces=pieces, backend="cuda")
     ops.gram(X, backend="cuda")
     ops.gram(X, dtype=torch.float64, backend="cuda")
+    weights = _normal(2, 131, 75).half()
+    ops.gram_halves(weights, backend="cuda")
+    ops.stack_halves(list(weights), [0, -3], backend="cuda")
     ops.rotate(X, R * 1e9, backend="cuda")
     ops.shift(X, X, _normal(2), _normal(2, 70), backend="cuda")
     hard = cases.hard_blocks(131, 70, device="cuda")["rank two"]

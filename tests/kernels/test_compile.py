@@ -27,6 +27,9 @@ void use(float* f, double* d, uint32_t* u, __half* h, __nv_bfloat16* b, Jacobi j
   launch_mirror(f, 1, 1, 0);
   launch_mirror(d, 1, 1, 0);
   launch_combine(f, f, f, f, f, 1, 1, 64, 0);
+  launch_strip_pieces(f, h, h, 1, 1, 1, 0, 0);
+  launch_stack_halves<__half>({{h, 1, 1}}, h, 1, 0);
+  launch_stack_halves<__nv_bfloat16>({{b, 1, 1}}, h, 1, 0);
   launch_triangle_pieces(f, f, h, f, 1, 1, 64, 0);
   launch_cholesky_inverse(f, f, 1, 64, 0, 0);
   launch_mend_columns(f, f, f, f, 1, 1, 1, 64, 1, 0);

@@ -29,6 +29,8 @@ def _inputs(n: int, l: int) -> dict[str, tuple]:
     return {
         "thin_matmul": (W, X, True, 2),
         "gram": (X, torch.float32),
+        "gram_halves": (X.half(),),
+        "stack_halves": (list(W), [1, -2]),
         "orthonormalize": (X, False),
         "cholesky_qr": (X,),
         "ritz": (torch.linalg.qr(X).Q, torch.randn(2, 7, l), 1),

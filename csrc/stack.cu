@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// Weights scaled by powers of two and stacked as float16.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <cmath>
+#include <vector>
+
+#include "checks.h"
+#include "kernels/stack.cuh"
+#include "ops.h"
+
+namespace lorax {
+
+at::Tensor stack_halves(at::TensorList matrices, at::IntArrayRef exponents) {
+  TORCH_CHECK_VALUE(!matrices.empty() && matrices.size() == exponents.size(),
+                    "there must be a matrix, and an exponent for each, got ", matrices.size(),
+                    " and ", exponents.size());
+  const at::Tensor& first = matrices[0];
+  const auto type = first.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kHalf || type == at::kBFloat16,
+                   "matrices must be bfloat16 or float16, got ", type);
+  const c10::cuda::CUDAGuard guard(first.device());
+  std::vector<at::Tensor> kept;
+  std::vector<StackEntry> entries;
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    const at::Tensor& M = matrices[i];
+    TORCH_CHECK_VALUE(M.dim() == 2 && M.sizes() == first.sizes() && M.device() == first.device(),
+                      "matrices must be of one shape on one device, got ", M.sizes(), " beside ",
+                      first.sizes());
+    TORCH_CHECK_TYPE(M.scalar_type() == type, "matrices must be of one dtype, got ",
+                     M.scalar_type(), " beside ", type);
+    kept.push_back(M.contiguous());
+    const int exponent = static_cast<int>(exponents[i]), half = exponent / 2;
+    entries.push_back({kept.back().const_data_ptr(), std::ldexp(1.f, half),
+                       std::ldexp(1.f, exponent - half)});
+  }
+  at::Tensor stacked =
+      at::empty({static_cast<int64_t>(matrices.size()), first.size(0), first.size(1)},
+                first.options().dtype(at::kHalf).memory_format(at::MemoryFormat::Contiguous));
+  if (stacked.numel() == 0) return stacked;
+  auto* to = reinterpret_cast<__half*>(stacked.mutable_data_ptr<at::Half>());
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  if (type == at::kHalf) {
+    C10_CUDA_CHECK(launch_stack_halves<__half>(entries, to, first.numel(), stream));
+  } else {
+    C10_CUDA_CHECK(launch_stack_halves<__nv_bfloat16>(entries, to, first.numel(), stream));
+  }
+  return stacked;
+}
+
+}  // namespace lorax

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights and Gram matrices as float16, in plain PyTorch."""
+
+import op_cases as cases
+import pytest
+import torch
+
+from lorax_kernels import ops
+
+
+@pytest.mark.parametrize("shape", cases.GRAM_SHAPES, ids=cases.label)
+def test_gram_halves(shape: tuple[int, ...]) -> None:
+    X = torch.randn(shape).half()
+    pieces = ops.gram_halves(X)
+    exact = X.double().mT @ X.double()
+    assert cases.relative(cases.weigh_halves(pieces), exact) < cases.HALVES_TOLERANCE
+    assert torch.equal(pieces, pieces.mT)
+    assert torch.equal(ops.gram_halves(cases.awkward(X)), pieces)
+
+
+@pytest.mark.parametrize("exponent, low, high", cases.STACKED)
+def test_stack_halves_is_exact(exponent: int, low: float, high: float) -> None:
+    matrices = [cases.scaled_matrix(7, 9, low, high) for _ in range(3)]
+    stacked = ops.stack_halves([*matrices, matrices[0].mT.contiguous().mT], [exponent] * 4)
+    exact = torch.stack([*matrices, matrices[0]]).double() * 2.0**exponent
+    assert torch.equal(stacked.double(), exact)
+
+
+def test_each_matrix_has_its_exponent() -> None:
+    one = torch.ones(2, 3, dtype=torch.float16)
+    stacked = ops.stack_halves([one, one, one], [0, -3, 15])
+    assert stacked[:, 0, 0].tolist() == [1.0, 0.125, 32768.0]
+
+
+BAD = {
+    "no matrix": (lambda: ops.stack_halves([], []), ValueError, "a matrix, and an exponent"),
+    "float32 matrices": (
+        lambda: ops.stack_halves([torch.ones(1, 1)], [0]),
+        TypeError,
+        "bfloat16 or float16, got torch.float32",
+    ),
+    "two shapes": (
+        lambda: ops.stack_halves([torch.ones(1, 1).half(), torch.ones(1, 2).half()], [0, 0]),
+        ValueError,
+        r"shapes of all matrices must agree, got \(1, 1\) and \(1, 2\)",
+    ),
+    "gram of bfloat16": (
+        lambda: ops.gram_halves(torch.ones(1, 1, 1).bfloat16()),
+        TypeError,
+        "X must be one of float16, got torch.bfloat16",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_named(name: str) -> None:
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        call()
