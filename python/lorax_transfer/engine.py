@@ -76,11 +76,19 @@ class Engine:
             CheckpointError: a weight cannot be read, or holds NaN or Inf.
         """
         results: dict[str, Result] = {}
-        for batch in plan.batches(self.batch_bytes):
+        firsts = _firsts(adapter, plan)
+        some = [planned for planned in plan.layers if planned.module not in firsts]
+        for batch in replace(plan, layers=tuple(some)).batches(self.batch_bytes):
             layers = [_live(adapter.layers[planned.module], planned) for planned in batch]
             done = self._run_batch(batch, layers)
             results.update({planned.module: r for planned, r in zip(batch, done, strict=True)})
             step(len(batch))
+        for planned in plan.layers:
+            if planned.module in firsts:
+                results[planned.module] = _again(
+                    results[firsts[planned.module]], planned, adapter.layers[planned.module]
+                )
+                step(1)
         return results
 
     def _run_batch(self, plans: list[LayerPlan], layers: list[LoraLayer]) -> list[Result]:
@@ -177,6 +185,30 @@ class Engine:
             reasons.append(f"basis error {error:.1e} is above {self.bases.tol:g}")
         moved = layer.with_factors(*factors, module=planned.target_module)
         return Result(replace(report, reason="; ".join(reasons)), moved)
+
+
+def _firsts(adapter: Adapter, plan: Plan) -> dict[str, str]:
+    """For a module that updates a weight as another one before it does, that one.
+
+    The two ends of a tied model are such: worked out once, they stay the same to the last bit, as
+    PEFT needs it to tie them.
+    """
+    seen: dict[tuple[str, str], LayerPlan] = {}
+    firsts = {}
+    for planned in plan.layers:
+        first = seen.setdefault((planned.source_tensor, planned.target_tensor), planned)
+        layers = adapter.layers[planned.module], adapter.layers[first.module]
+        if first is not planned and layers[0].repeats(layers[1]):
+            firsts[planned.module] = first.module
+    return firsts
+
+
+def _again(result: Result, planned: LayerPlan, layer: LoraLayer) -> Result:
+    """A result under the name of another module."""
+    moved = result.layer
+    if moved is not None:
+        moved = replace(moved, module=planned.target_module, is_embedding=layer.is_embedding)
+    return replace(result, report=replace(result.report, module=planned.module), layer=moved)
 
 
 def _live(layer: LoraLayer, planned: LayerPlan) -> LoraLayer:

@@ -115,6 +115,16 @@ class LoraLayer:
         """``lora_B`` as a matrix, shape ``(out, r)``; a view where possible."""
         return self.lora_B.flatten(1)
 
+    def repeats(self, other: "LoraLayer") -> bool:
+        """Whether this is another module's update over again, bit by bit.
+
+        So it is with the two ends of a model whose output layer is tied to its embeddings.
+        """
+        pairs = ((self.lora_A, other.lora_A), (self.lora_B, other.lora_B))
+        return self.scale == other.scale and all(
+            x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs
+        )
+
     def with_factors(
         self,
         lora_B: torch.Tensor,

@@ -4,11 +4,9 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lorax_transfer.adapters.adapter import Adapter, LoraLayer
 from lorax_transfer.adapters.peft_names import is_target_module
@@ -186,7 +184,8 @@ def output_config(adapter: Adapter, base_model_name_or_path: str) -> dict[str, A
         "target_parameters": None,
         "trainable_token_indices": None,
     }
-    if not _has_twins(layers):
+    tables = [layer for layer in layers if layer.is_embedding]
+    if not any(x.repeats(table) for table in tables for x in layers if not x.is_embedding):
         left_out["ensure_weight_tying"] = False
     config.update({key: off for key, off in left_out.items() if config.get(key)})
     if str(config.get("init_lora_weights", True)).lower() not in _HARMLESS_INITS:
@@ -200,21 +199,6 @@ def output_config(adapter: Adapter, base_model_name_or_path: str) -> dict[str, A
         redundant = ("exclude_modules", "layers_to_transform", "layers_pattern")
         config.update({key: None for key in redundant if config.get(key) is not None})
     return config
-
-
-def _has_twins(layers: Collection[LoraLayer]) -> bool:
-    """Whether an output layer has the update of an embedding table, which PEFT can tie it to."""
-    return any(
-        head.scale == table.scale
-        and all(
-            x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y)
-            for x, y in ((head.lora_A, table.lora_A), (head.lora_B, table.lora_B))
-        )
-        for table in layers
-        if table.is_embedding
-        for head in layers
-        if not head.is_embedding
-    )
 
 
 def _describes(config: dict[str, Any], layers: Iterable[LoraLayer]) -> bool:
