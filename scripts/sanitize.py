@@ -169,7 +169,7 @@ def sanitize(sanitizer: str, tool: str, options: Options, command: list[str], le
 
 def is_clean(row: Row) -> bool:
     """Whether a tool ran to the end and found nothing."""
-    is_right = row.get("of") != "program" or (row.get("passed") and not row.get("failed"))
+    is_right = row["of"] == "tests" or (row.get("passed") and not row.get("failed"))
     return row["errors"] == 0 and not row.get("warnings") and bool(is_right)
 
 
@@ -230,9 +230,9 @@ def over_program(record: Record, tools: list[str]) -> None:
         for tool in tools:
             options, told = PROGRAM_TOOLS[tool]
             row = record.add("program", tool, options, [program, *told])
-            if row["errors"] is None and row.get("timed_out") is False:
+            if row["errors"] is None:
                 for family in FAMILIES:
-                    record.add("program", tool, options, [program, *told, family])
+                    record.add(f"program {family}", tool, options, [program, *told, family])
 
 
 def over_tests(record: Record, tools: list[str], tests: list[str]) -> None:

@@ -24,6 +24,33 @@ void check_mirror(int64_t batch, int64_t columns) {
   }
 }
 
+// Strips of a symmetric matrix, 64 rows each from the diagonal on, as two float16 pieces. What lies
+// below the diagonal in them is not to be looked at.
+void check_strips(int64_t batch, int64_t columns) {
+  const std::vector<float> g = normals(batch * columns * columns);
+  const Buffer<__half> high(batch * columns * columns), low(batch * columns * columns);
+  for (int64_t start = 0; start < columns; start += 64) {
+    const int64_t rows = std::min<int64_t>(64, columns - start), wide = columns - start;
+    std::vector<float> t(batch * rows * wide);
+    for (int64_t e = 0; e < batch * rows * wide; ++e) {
+      const int64_t j = e % wide, i = e / wide % rows, b = e / wide / rows;
+      t[e] = g[(b * columns + start + i) * columns + start + j];
+    }
+    const Buffer<float> T(t);
+    LORAX_RUN(launch_strip_pieces(T.data(), high.data(), low.data(), batch, rows, columns, start,
+                                  nullptr));
+    LORAX_RUN(cudaDeviceSynchronize());
+  }
+  const std::vector<__half> first = high.read(), second = low.read();
+  Expect expect("strip_pieces_kernel, %ld columns", columns);
+  for (int64_t e = 0; e < batch * columns * columns; ++e) {
+    const int64_t j = e % columns, i = e / columns % columns;
+    const double want = g[i > j ? e + (j - i) * columns + i - j : e];
+    const double got = widened(first[e]) + widened(second[e]) * 0x1p-11;
+    expect.near(got, want, std::fabs(want) * 0x1p-22 + 0x1p-36);
+  }
+}
+
 // Cholesky factor L of the lower triangle of A and M = L^-1, both in double: columns with a pivot
 // up to the floor are left out, with 2 on the diagonal of L.
 std::vector<double> inverse_factor(const float* A, int64_t n) {
@@ -265,6 +292,7 @@ void check_factor() {
   for (const int64_t columns : {1, 63, 199}) {
     check_mirror<float>(2, columns);
     check_mirror<double>(2, columns);
+    check_strips(2, columns);
   }
   for (const Shape& shape : {Shape{1, 1, 1}, {3, 199, 63}, {2, 1025, 199}}) Pass(shape).check();
   check_mend({2, 1025, 63});

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels that take lists in their parameters: conversions of matrices, uploads of pointers.
+// Kernels that take lists in their parameters: conversions and stacks of matrices, uploads of
+// pointers.
 #include <memory>
 
 #include "check.h"
 #include "kernels/convert.cuh"
 #include "kernels/pointers.cuh"
+#include "kernels/stack.cuh"
 
 namespace lorax::check {
 namespace {
@@ -111,6 +113,30 @@ void check_parts(Float to_type, Float from_type, int from_parts, int to_parts, b
   }
 }
 
+// Matrices that lie in one buffer, `gap` elements apart; more of them than one launch takes if
+// there are so many.
+template <typename T>
+void check_stack(int matrices, int64_t count, int64_t gap) {
+  const std::vector<float> values = normals(matrices * (count + gap));
+  std::vector<T> from(values.size());
+  for (size_t i = 0; i < from.size(); ++i) from[i] = static_cast<T>(values[i]);
+  const Buffer<T> source(from);
+  const Buffer<__half> to(matrices * count);
+  std::vector<StackEntry> entries;
+  for (int b = 0; b < matrices; ++b) {
+    entries.push_back(
+        {source.data() + b * (count + gap), std::ldexp(1.f, b % 5), std::ldexp(1.f, -b % 7)});
+  }
+  LORAX_RUN(launch_stack_halves<T>(entries, to.data(), count, nullptr));
+  const std::vector<__half> got = to.read();
+  Expect expect("stack_halves_kernel, %d of %ld elements", matrices, count);
+  for (int64_t e = 0; e < matrices * count; ++e) {
+    const int64_t b = e / count;
+    const double value = std::ldexp(widened(from[e + b * gap]), static_cast<int>(b % 5 - b % 7));
+    expect.same(widened(got[e]), widened(__float2half(static_cast<float>(value))));
+  }
+}
+
 void check_pointers() {
   const int count = kUploadPointers + 63;
   std::vector<const void*> pointers(count);
@@ -133,6 +159,10 @@ void check_lists() {
   check_parts<__nv_bfloat16, __half>(Float::kBFloat16, Float::kFloat16, 1, 2, true);
   check_parts<__nv_bfloat16, __nv_bfloat16>(Float::kBFloat16, Float::kBFloat16, 2, 3, true);
   check_parts<float, __nv_bfloat16>(Float::kFloat32, Float::kBFloat16, 3, 1, false);
+  check_stack<__half>(3, 1024, 0);
+  check_stack<__nv_bfloat16>(3, 1032, 8);
+  check_stack<__nv_bfloat16>(2, 1025, 0);
+  check_stack<__half>(kStackEntries + 3, 7, 2);
   check_pointers();
 }
 
