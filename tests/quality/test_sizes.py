@@ -12,6 +12,7 @@ pytest.importorskip("tokenizers", reason="texts are decoded")
 from benchmarks.quality import lm_data, lm_methods, sizes, sizes_data, sizes_maps, sizes_pack
 from benchmarks.quality import sizes_report as report
 from benchmarks.quality.lm_adapters import Adapter
+from benchmarks.quality.lm_eval import Evaluator
 from benchmarks.quality.lm_model import Rotary, base_linear, causal, head, hidden_states
 from benchmarks.quality.sizes_reduced import LARGE, SMALL, larger, random_qwen
 
@@ -72,6 +73,21 @@ def test_logits_are_those_of_qwen2(pair, ids):
     torch.testing.assert_close(
         logits(pair.source, ids), reference(ids).logits, rtol=1e-5, atol=5e-5
     )
+
+
+@torch.no_grad()
+def test_greedy_answers_are_the_likeliest_tokens_one_by_one(pair, ids, adapter):
+    """Biases of queries, keys and values and an output matrix of its own, with an update merged."""
+    tokens, starts = [row.numpy() for row in ids[:6]], torch.tensor([3, 9, 5, 7, 4, 8]).numpy()
+    evaluator = Evaluator(SMALL, pair.source.weights)
+    evaluator.load(pair.source.weights, adapter.factors)
+    answers = evaluator.answers(lm_data.Examples(tokens, starts), 10)
+    for row, start, answer in zip(tokens, starts, answers, strict=True):
+        text = row[:start].tolist()
+        while len(text) < start + 10 and lm_data.END not in text[start:]:
+            scores = logits(pair.source, torch.tensor([text]), adapter.factors)
+            text.append(int(scores[0, -1].argmax()))
+        assert answer == [token for token in text[start:] if token != lm_data.END]
 
 
 @torch.no_grad()
