@@ -49,6 +49,7 @@ class Scale:
     has_shapes: bool
     controls: tuple  # the same for parts of the embeddings, which no method takes back
     skill_rows: int  # windows of text that a model's own skill is scored on
+    only: tuple = ()  # methods to compare, where not all of them
 
 
 # A rate that stands alone won on other sentences for the first seed: LoRA of 4e-3 (1.083 nats),
@@ -117,6 +118,7 @@ REDUCED = Scale(
     has_shapes=False,
     controls=(),
     skill_rows=1,
+    only=("copy", "restore", "restore --embeddings 1", "lorax k=64", "lorax core"),
 )
 WINDOW = 128
 

@@ -168,6 +168,8 @@ class Measurement:
         scans = {s: totals(pair, a, self._scale.ranks[-1]) for s, a in adapters.items()}
         facts.setdefault("scan", {})[f"{kind} {task}"] = scans
         moves = measured(kind, self._scale.ranks, facts["embeddings"]["drift"] > 0)
+        only = self._scale.only or moves
+        moves = {name: move for name, move in moves.items() if name in only}
         moves = {"trained": partial(_given, self._own(label, kind, task))} | moves
         self._rows("source", label, kind, task, moves, adapters)
 
