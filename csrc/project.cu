@@ -230,7 +230,7 @@ class Batch {
   // Scratch memory goes back to a stream-ordered allocator while the products are queued.
   void run(size_t first, size_t count, int64_t each, cudaStream_t stream) const {
     const Layer& x = layers_[first];
-    const int64_t rows = is_cut_ ? std::min<int64_t>(x.m, kSumRows) : x.m;
+    const int64_t rows = x.B.parts > 1 ? std::min<int64_t>(x.m, kSumRows) : x.m;
     const int chunks = int((x.m + rows - 1) / rows);
     // Lists of a pointer a layer: three that are written, two for every product of the first kind
     // and one for every product of the second.

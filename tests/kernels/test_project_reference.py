@@ -6,6 +6,7 @@ import torch
 from project_cases import BASES, DTYPES, SHAPES, errors, make_layers
 
 import lorax_kernels as lk
+from lorax_kernels import _backends
 from lorax_kernels.ops import project
 
 
@@ -91,3 +92,21 @@ def test_pieces_trace():
     for X, B, P in zip(found, layers[0], layers[2], strict=True):
         assert (X.shape, X.dtype, X.device.type) == ((len(P), B.shape[1]), B.dtype, "meta")
     torch.library.opcheck(op, tuple(group[1:3] for group in layers))
+
+
+@pytest.mark.parametrize(
+    ("factor", "read", "write", "is_taken"),
+    [
+        *[("fp32", "2xbf16", "2xbf16", True), ("fp16", "bf16", "2xbf16", True)],
+        *[("bf16", "2xbf16", "fp32", True), ("fp16", "fp16", "fp16", True)],
+        *[("fp32", "2xbf16", "fp32", False), ("fp64", "2xbf16", "2xbf16", False)],
+        *[("fp32", "bf16", "bf16", False), ("fp16", "fp32", "fp32", False)],
+    ],
+)
+def test_devices_that_are_slow_in_float64(factor, read, write, is_taken, monkeypatch):
+    """The compiled kernels leave to others what they would sum in float64, and nothing else."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    generator = torch.Generator().manual_seed(8)
+    layers = make_layers(SHAPES, DTYPES[factor], BASES[read], BASES[write], generator)
+    reason = _backends._KERNELS["cuda"]["project"].refuses(*layers)
+    assert reason is None if is_taken else "float64" in reason
