@@ -39,7 +39,7 @@ _LOOK = 4
 # On a GPU, where a Gram matrix may also be formed once its use is known: degrees that even a steep
 # spectrum takes, and products that are worth it at most, those in two pieces counted twice.
 _FEWEST = 8
-_MOST = 48
+_MOST = 24
 # Steps of the block that `_DEGREE` degrees take.
 _BLOCK_STEPS = 15
 

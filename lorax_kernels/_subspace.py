@@ -73,6 +73,11 @@ def chebyshev_roots(degree: int) -> tuple[float, ...]:
     return tuple(order)
 
 
+@functools.cache
+def _roots(degree: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor(chebyshev_roots(degree), device=device)
+
+
 @dataclass(frozen=True)
 class Triplets:
     """Leading triplets of a stack and how they were come by."""
@@ -134,8 +139,9 @@ def _glance(A: Operator, Q: torch.Tensor, k: int, known: int, pieces: int = 1) -
     squares = (rho * rho).sum(dim=1).gather(1, order)
     # Of the columns beyond k, the last ones hold the block's end between them.
     theta[:, -1] = theta[:, -max(1, theta.shape[1] // 16) :].mean(dim=1)
-    planned = outside_error(squares, theta, theta[:, -1:], k, A.rows)
-    error = outside_error(squares, theta, theta[:, known - 1 : known], k, A.rows)
+    error = planned = outside_error(squares, theta, theta[:, -1:], k, A.rows)
+    if known < theta.shape[1]:
+        error = outside_error(squares, theta, theta[:, known - 1 : known], k, A.rows)
     return _Ritz(Q, None, Z, quotients, theta, error, planned, torch.zeros_like(planned))
 
 
@@ -170,6 +176,7 @@ class _Cycle:
 
     coarse: torch.Tensor  # (b,) factors with the block rounded to one piece
     fine: torch.Tensor  # (b,) factors after those, with the block in two pieces
+    gain: torch.Tensor  # (b,) how much a leading direction gains on the rest in one, at most
 
     @property
     def work(self) -> int:
@@ -179,15 +186,16 @@ class _Cycle:
     def cut(self, degree: int) -> "_Cycle":
         """No more than `degree` degrees, and none of them fine where there would be more."""
         total = self.coarse + self.fine
-        return _Cycle(
-            torch.where(total > degree, degree, self.coarse),
-            torch.where(total > degree, 0, self.fine),
+        return replace(
+            self,
+            coarse=torch.where(total > degree, degree, self.coarse),
+            fine=torch.where(total > degree, 0, self.fine),
         )
 
     def clamp(self, most: int) -> "_Cycle":
         """The same with `most` degrees at most."""
         fine = self.fine.clamp_max(most)
-        return _Cycle(torch.minimum(self.coarse, most - fine), fine)
+        return replace(self, coarse=torch.minimum(self.coarse, most - fine), fine=fine)
 
 
 def _next_cycle(A: Operator, ritz: _Ritz, k: int, tol: float) -> _Cycle:
@@ -210,7 +218,11 @@ def _next_cycle(A: Operator, ritz: _Ritz, k: int, tol: float) -> _Cycle:
     degrees = torch.stack([_listed(total), fine.long()])
     # After a glance two degrees more cost less than a look too early.
     enough = _AIM if ritz.Y is None else _ENOUGH
-    degrees = torch.where(ritz.error <= enough * tol, 0, degrees).cpu()
+    degrees = torch.where(ritz.error <= enough * tol, 0, degrees)
+    gain = (2 * theta[:, 0] / _damped(ritz)).clamp_min(2)
+    # Once for all that steers: a GPU is idle while it is waited for.
+    total, fine, gain = torch.cat([degrees, gain[None]]).cpu()
+    degrees = torch.stack([total, fine]).long()
     if A.on_gpu:
         # One degree: products cost little there, and small eigenproblems the same for a few
         # matrices as for many.
@@ -220,7 +232,15 @@ def _next_cycle(A: Operator, ritz: _Ritz, k: int, tol: float) -> _Cycle:
         degrees = torch.where(goes_on, degrees.amax(1, keepdim=True), 0)
     total, fine = degrees
     fine = torch.minimum(fine, total)
-    return _Cycle(total - fine, fine)
+    return _Cycle(total - fine, fine, gain)
+
+
+def _damped(ritz: _Ritz) -> torch.Tensor:
+    """End of the interval that a filter damps, `(b,)`: the least the block holds.
+
+    Where the block holds all there is, its last Ritz value is rounding and may be zero.
+    """
+    return torch.maximum(ritz.theta[:, -1], 1e-8 * ritz.theta[:, 0]).float().clamp_min(1e-30)
 
 
 def _listed(needed: torch.Tensor) -> torch.Tensor:
@@ -228,23 +248,24 @@ def _listed(needed: torch.Tensor) -> torch.Tensor:
     return listed[torch.bucketize(needed, listed).clamp_max(len(_DEGREES))].long()
 
 
-def _filter(A: Operator, ritz: _Ritz, coarse: int, fine: int) -> torch.Tensor:
-    """Applies the polynomial of degree `coarse + fine` to the block and orthonormalises it."""
-    # Where the block holds all there is, its last Ritz value is rounding and may be zero.
-    b = torch.maximum(ritz.theta[:, -1], 1e-8 * ritz.theta[:, 0]).float().clamp_min(1e-30)
-    # How much a leading direction gains on the rest in one factor, at most, over the stack.
-    gain = max(2.0, float((2 * ritz.theta[:, 0].float() / b).max()))
-    roots = chebyshev_roots(coarse + fine)
-    pieces = [1] * coarse + [2] * fine
+def _filter(A: Operator, ritz: _Ritz, coarse: int, fine: int, gain: float) -> torch.Tensor:
+    """Applies the polynomial of degree `coarse + fine` to the block and orthonormalises it.
+
+    A leading direction gains on the rest by `gain` in one factor, at most, over the stack.
+    """
+    b = _damped(ritz)
+    roots = _roots(coarse + fine, b.device)
+    shifts = roots[:, None] * b
+    # A factor's own size for a column above b, which keeps the block in float16's range.
+    sizes = torch.maximum(ritz.quotients - shifts[:, :, None], b[:, None] / 2)
     X, Z, growth = ritz.Q, ritz.Z, 1.0
-    for j, root in enumerate(roots):
+    for j, (shift, scale) in enumerate(zip(shifts, 1 / sizes, strict=True)):
+        pieces = 1 if j < coarse else 2
         if j:
-            Z = A.apply(X, pieces[j])
-        # The factor's own size for a column above b, which keeps the block in float16's range.
-        size = torch.maximum(ritz.quotients - (root * b)[:, None], b[:, None] / 2)
-        X = ops.shift(Z, X, root * b, 1 / size, backend=A.backend)
+            Z = A.apply(X, pieces)
+        X = ops.shift(Z, X, shift, scale, backend=A.backend)
         growth *= gain
-        is_rounded = A.rounding > 0 and pieces[j] == 1
+        is_rounded = A.rounding > 0 and pieces == 1
         cap = _GROWTH_CAP_ROUNDED if is_rounded else _GROWTH_CAP
         if j + 1 < len(roots) and growth * gain > cap:
             X, growth = ops.orthonormalize(X, quick=True, backend=A.backend), 1.0
@@ -308,7 +329,8 @@ def _solve(
         coarse, fine, index, some, mine = parts.pop()
         spent = 2 * max(coarse + fine, 1)
         if coarse + fine > 0:
-            block = _filter(some, mine, coarse, fine)
+            gain = float(cycle.gain[index].max())
+            block = _filter(some, mine, coarse, fine, gain)
             del mine
             is_random = known > k and coarse + fine < _FILTERED
             now_known = known if is_random else block.shape[2]

@@ -3,7 +3,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import overload
 
 import torch
@@ -129,8 +129,7 @@ def truncated_svd(
         exact = job.plan.path == "exact"
         stack, scale = _batching.stack(matrices, job.chunk, exact, job.on_tensor_cores, backend)
         start = [starts[i] for i in job.chunk]
-        parts = _decompose(stack, job.k, job.plan, tol, max_passes, start, seed, backend)
-        return _results(parts, scale)
+        return _decompose(stack, scale, job.k, job.plan, tol, max_passes, start, seed, backend)
 
     found: dict[int, SVD] = {}
     for device in dict.fromkeys(matrices[job.chunk[0]].device for job in jobs):
@@ -235,6 +234,7 @@ def _start_block(
 
 def _decompose(
     stack: torch.Tensor,
+    scale: torch.Tensor,
     k: int,
     p: Plan,
     tol: float,
@@ -242,11 +242,16 @@ def _decompose(
     starts: list[torch.Tensor | None],
     seed: int,
     backend: str,
-) -> list[tuple[_subspace.Triplets, str]]:
-    """Triplets of each matrix of a stack and the path that found them."""
+) -> list[SVD]:
+    """Results for each matrix of a stack, whose singular values were divided by `scale`, `(b,)`."""
     _, m, n = stack.shape
+
+    def exactly(some: slice) -> list[SVD]:
+        found = _exact.decompose(stack[some], k, tol, backend=backend)
+        return _results(found, scale[some], "exact")
+
     if p.path == "exact":
-        return [(t, "exact") for t in _split(_exact.decompose(stack, k, tol, backend=backend))]
+        return exactly(slice(None))
     block = _start_block(min(m, n), p.width, starts, seed, stack.device)
     known = [p.width, *(basis.shape[1] for basis in starts if basis is not None)]
     triplets = _subspace.iterate(
@@ -260,40 +265,26 @@ def _decompose(
         known=min(known) if len(known) > 1 else 0,
         backend=backend,
     )
-    parts = [(t, "randomized") for t in _split(triplets)]
-    short_of = [i for i, (t, _) in enumerate(parts) if not float(t.error) <= tol]
+    results = _results(triplets, scale, "randomized")
     if max_passes is None:
         # One at a time: these are few, and each needs a full eigendecomposition.
-        for i in short_of:
-            exact = _exact.decompose(stack[i : i + 1], k, tol, backend=backend)
-            parts[i] = (_split(exact)[0], "exact")
-    return parts
+        for i, svd in enumerate(results):
+            if not svd.error <= tol:
+                results[i : i + 1] = exactly(slice(i, i + 1))
+    return results
 
 
-def _split(triplets: _subspace.Triplets) -> list[_subspace.Triplets]:
-    """One by one and with canonical signs: the largest entry of each column of `U` is positive."""
-    U = triplets.U
+def _results(triplets: _subspace.Triplets, scale: torch.Tensor, path: str) -> list[SVD]:
+    """One by one, with the weights' scale and canonical signs.
+
+    The largest entry of each column of `U` is positive.
+    """
+    U, V = triplets.U, triplets.V
     largest = U.abs().argmax(dim=1, keepdim=True)
     sign = torch.where(U.gather(1, largest) < 0, -1.0, 1.0)
-    signed = replace(
-        triplets,
-        U=U * sign,
-        V=triplets.V * sign,
-        error=triplets.error.cpu(),
-    )
-    names = [f.name for f in fields(signed)]
-    return [
-        _subspace.Triplets(**{name: getattr(signed, name)[i] for name in names})
-        for i in range(len(signed.S))
-    ]
-
-
-def _results(parts: list[tuple[_subspace.Triplets, str]], scale: torch.Tensor) -> list[SVD]:
-    """Results with the scale of the weights restored."""
-    results = []
-    for (t, path), factor in zip(parts, scale.tolist(), strict=True):
-        results.append(SVD(t.U, (t.S * factor).float(), t.V, float(t.error), int(t.passes), path))
-    return results
+    S = (triplets.S * scale[:, None].to(triplets.S.device)).float()
+    columns = (U * sign, S, V * sign, triplets.error.tolist(), triplets.passes.tolist())
+    return [SVD(*row, path) for row in zip(*columns, strict=True)]
 
 
 def _energy_rank(W: torch.Tensor, svd: SVD, energy: float) -> int:
