@@ -29,6 +29,10 @@ FIRST_TARGETS = ("near", "mid", "far", "shallow", "narrow")
 YES_NO = {True: "yes", False: "no", None: ""}
 
 
+class NotMeasuredError(Exception):
+    """A case lacks the method that it would be judged by."""
+
+
 def is_held_out(case):
     """Whether the rule of `scan` was made without this case."""
     ends = {case.source, case.target}
@@ -59,7 +63,11 @@ def _alignment(facts, case):
 
 
 def verdict(facts, case):
-    """The method that `lorax_transfer.recommend` names, as it was measured; None for "do not"."""
+    """The method that `lorax_transfer.recommend` names, as it was measured; None for "do not".
+
+    Raises:
+        NotMeasuredError: it was not measured, or not for every seed.
+    """
     alignment = _alignment(facts, case)
     found = _totals(facts, case)
     if alignment is not None:
@@ -73,7 +81,12 @@ def verdict(facts, case):
         r"--method (\w+)(?: with (--embeddings 1))?", recommend(found[0], alignment).reason
     )
     wanted = SETTINGS.get(" ".join(filter(None, name.groups())), ()) if name else ()
-    return next((m for m in wanted if m in case.methods), None)
+    if not wanted:
+        return None
+    for method in wanted:
+        if method in case.candidates():
+            return method
+    raise NotMeasuredError(f"{wanted[0]} was not measured for every seed")
 
 
 def check_scan(facts, case):
@@ -170,5 +183,8 @@ def report(paths, document=None):
         result = json.loads(Path(path).read_text("utf-8"))
         for case in cases(result):
             key = case.task, case.kind, case.source, case.target
-            found[key] = check_scan(result["facts"], case)
+            try:
+                found[key] = check_scan(result["facts"], case)
+            except NotMeasuredError as error:  # the run was cut short
+                print(f"{', '.join(key)} is left out: {error}")
     put(table(list(found.values())), document, "scan")

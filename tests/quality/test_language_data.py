@@ -56,6 +56,13 @@ def test_a_verdict_is_right_by_what_was_measured():
     case.kind = "attention"
     assert lm_verdicts.is_held_out(case)
     case.kind = "lora"
+    # A run that was cut short has not every seed of the method.
+    kept = [row for row in rows if (row["method"], row.get("seed")) != (found["said"], 2)]
+    (cut,) = lm_report.cases({"rows": kept, "facts": facts})
+    with pytest.raises(
+        lm_verdicts.NotMeasuredError, match="restore --embeddings 1 was not measured"
+    ):
+        lm_verdicts.check_scan(facts, cut)
     # Embeddings that hardly moved stay, and that loses to copying here.
     scan["embedding_drift"] = 0.01
     found = lm_verdicts.check_scan(facts, case)
