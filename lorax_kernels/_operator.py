@@ -99,15 +99,15 @@ class Operator:
 
     @functools.cached_property
     def gram_rounding(self) -> torch.Tensor:
-        """What rounding the Gram matrix to one piece mixes into a direction, `(b,)`; 0 without it.
+        """What rounding the Gram matrix to one piece mixes into a direction, `(b,)` on the CPU.
 
         Rounding turns no two directions in particular into each other: a direction is off by as
         much towards each of the others, and by the root of their number times as much in all.
         """
         if self.G is None or self.rounding == 0:
-            return self.W.parts[0].new_zeros(self.W.shape[0], dtype=torch.float64)
+            return torch.zeros(self.W.shape[0], dtype=torch.float64)
         norm = torch.linalg.vector_norm(self.G.parts[0], dim=(1, 2), dtype=torch.float32)
-        return self.rounding * norm.double() / math.sqrt(3 * self.G.shape[1])
+        return self.rounding * norm.double().cpu() / math.sqrt(3 * self.G.shape[1])
 
     def forward(self, X: torch.Tensor, pieces: int) -> torch.Tensor:
         """`W X`, from the short side to the long one."""

@@ -183,6 +183,13 @@ class _Cycle:
         """Factors of the longest cycle, those in two pieces counted twice."""
         return int((self.coarse + 2 * self.fine).max())
 
+    def batches(self) -> dict[tuple[int, int], list[int]]:
+        """Indices of the matrices with the same degrees."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for i, degrees in enumerate(zip(self.coarse.tolist(), self.fine.tolist(), strict=True)):
+            found.setdefault(degrees, []).append(i)
+        return found
+
     def cut(self, degree: int) -> "_Cycle":
         """No more than `degree` degrees, and none of them fine where there would be more."""
         total = self.coarse + self.fine
@@ -205,24 +212,22 @@ def _next_cycle(A: Operator, ritz: _Ritz, k: int, tol: float) -> _Cycle:
     is above the tolerance, the last factors take two: as many as would bring the error from there
     under it.
     """
-    theta = ritz.theta.double()
-    last, first_beyond = theta[:, k - 1], theta[:, -1].clamp_min(1e-300)
-    rate = torch.acosh((2 * last / first_beyond - 1).clamp_min(1 + 1e-9))
-    rounding = torch.maximum(A.rounding * last, A.gram_rounding)
-    floor = rounding / (last - first_beyond).clamp_min(1e-9 * last + 1e-300)
+    values = (ritz.theta[:, 0], ritz.theta[:, k - 1], ritz.theta[:, -1])
+    facts = torch.stack([*values, ritz.planned, ritz.mixed, ritz.error])
+    # Once for all that steers, and in few steps from there: a GPU is idle meanwhile.
+    first, last, end, planned, mixed, error = facts.double().cpu()
+    gap = (last - end).clamp_min(1e-9 * last + 1e-300)
+    rate = torch.acosh((2 * last / end.clamp_min(1e-300) - 1).clamp_min(1 + 1e-9))
+    floor = torch.maximum(A.rounding * last, A.gram_rounding) / gap
     aim = torch.full_like(floor, _AIM * tol)
-    planned = torch.maximum(ritz.planned, (aim * ritz.mixed).sqrt())
+    planned = torch.maximum(planned, (aim * mixed).sqrt())
     turn = torch.maximum(torch.minimum(planned, floor), aim)
-    total = torch.acosh((planned / aim).clamp_min(1)) / rate
+    needed = torch.acosh((planned / aim).clamp_min(1)) / rate
     fine = (torch.acosh(turn / aim) / rate).ceil().clamp_max(_DEGREES[-1])
-    degrees = torch.stack([_listed(total), fine.long()])
     # After a glance two degrees more cost less than a look too early.
     enough = _AIM if ritz.Y is None else _ENOUGH
-    degrees = torch.where(ritz.error <= enough * tol, 0, degrees)
-    gain = (2 * theta[:, 0] / _damped(ritz)).clamp_min(2)
-    # Once for all that steers: a GPU is idle while it is waited for.
-    total, fine, gain = torch.cat([degrees, gain[None]]).cpu()
-    degrees = torch.stack([total, fine]).long()
+    degrees = torch.stack([_listed(needed), fine.long()])
+    degrees = torch.where(error <= enough * tol, 0, degrees)
     if A.on_gpu:
         # One degree: products cost little there, and small eigenproblems the same for a few
         # matrices as for many.
@@ -232,15 +237,16 @@ def _next_cycle(A: Operator, ritz: _Ritz, k: int, tol: float) -> _Cycle:
         degrees = torch.where(goes_on, degrees.amax(1, keepdim=True), 0)
     total, fine = degrees
     fine = torch.minimum(fine, total)
+    gain = (2 * first / _damped(first, end)).clamp_min(2)
     return _Cycle(total - fine, fine, gain)
 
 
-def _damped(ritz: _Ritz) -> torch.Tensor:
+def _damped(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
     """End of the interval that a filter damps, `(b,)`: the least the block holds.
 
     Where the block holds all there is, its last Ritz value is rounding and may be zero.
     """
-    return torch.maximum(ritz.theta[:, -1], 1e-8 * ritz.theta[:, 0]).float().clamp_min(1e-30)
+    return torch.maximum(last, 1e-8 * first).clamp_min(1e-30)
 
 
 def _listed(needed: torch.Tensor) -> torch.Tensor:
@@ -253,7 +259,7 @@ def _filter(A: Operator, ritz: _Ritz, coarse: int, fine: int, gain: float) -> to
 
     A leading direction gains on the rest by `gain` in one factor, at most, over the stack.
     """
-    b = _damped(ritz)
+    b = _damped(ritz.theta[:, 0], ritz.theta[:, -1]).float()
     roots = _roots(coarse + fine, b.device)
     shifts = roots[:, None] * b
     # A factor's own size for a column above b, which keeps the block in float16's range.
@@ -316,20 +322,20 @@ def _solve(
     cycle = cycle.clamp(max(0, left // 2))
     parts = []
     # Matrices with the same cycle run as one batch.
-    for coarse, fine in torch.stack([cycle.coarse, cycle.fine], dim=1).unique(dim=0).tolist():
-        index = torch.nonzero((cycle.coarse == coarse) & (cycle.fine == fine)).flatten()
-        whole, where = len(index) == count, index.to(ritz.Q.device)
+    for (coarse, fine), index in cycle.batches().items():
+        whole = len(index) == count
         # What is done needs no copy of its weights.
         is_done = coarse + fine == 0 and ritz.Y is not None
-        some = A if whole or is_done else A[where]
-        parts.append((coarse, fine, index, some, ritz if whole else ritz[where]))
+        where = None if whole else torch.tensor(index, device=ritz.Q.device)
+        some = A if where is None or is_done else A[where]
+        gain = float(cycle.gain[index].max())
+        parts.append((coarse, fine, gain, index, some, ritz if where is None else ritz[where]))
     del ritz, some
     results = []
     while parts:
-        coarse, fine, index, some, mine = parts.pop()
+        coarse, fine, gain, index, some, mine = parts.pop()
         spent = 2 * max(coarse + fine, 1)
         if coarse + fine > 0:
-            gain = float(cycle.gain[index].max())
             block = _filter(some, mine, coarse, fine, gain)
             del mine
             is_random = known > k and coarse + fine < _FILTERED
@@ -344,7 +350,7 @@ def _solve(
     return _merge(results, count)
 
 
-def _merge(results: list[tuple[torch.Tensor, Triplets]], count: int) -> Triplets:
+def _merge(results: list[tuple[list[int], Triplets]], count: int) -> Triplets:
     """Puts the results of parts of a stack back in the stack's order."""
     if len(results) == 1:
         return results[0][1]
@@ -353,7 +359,7 @@ def _merge(results: list[tuple[torch.Tensor, Triplets]], count: int) -> Triplets
         first = getattr(results[0][1], f.name)
         merged[f.name] = first.new_empty(count, *first.shape[1:])
         for index, part in results:
-            merged[f.name][index.to(first.device)] = getattr(part, f.name)
+            merged[f.name][torch.tensor(index, device=first.device)] = getattr(part, f.name)
     return Triplets(**merged)
 
 
