@@ -7,6 +7,7 @@ are those of transformers; `tests/quality` holds the logits against its own impl
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -186,7 +187,7 @@ def head(weights):
 def captured(run, device):
     """`run` as one graph on a GPU, after a warm-up; elsewhere itself.
 
-    It has to read and change only tensors that outlive it.
+    A graph goes by addresses: `run` must hold what it reads and changes, and is held with it.
     """
     if device.type != "cuda":
         return run
@@ -200,7 +201,11 @@ def captured(run, device):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+    return partial(_replay, graph, run)
+
+
+def _replay(graph, run):
+    graph.replay()
 
 
 def drift(source, target, names):
