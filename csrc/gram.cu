@@ -68,8 +68,8 @@ void gram_pieces(const at::Tensor& X, at::Tensor& G) {
                                 c10::cuda::getCurrentCUDAStream()));
 }
 
-// The float32 strip of a Gram matrix lives in scratch memory of about this size, for some matrices at
-// a time.
+// The float32 strip of a Gram matrix lives in scratch memory of about this size, for some matrices
+// at a time.
 constexpr int64_t kStripBytes = int64_t{256} << 20;
 
 }  // namespace
@@ -121,8 +121,8 @@ at::Tensor gram_halves(const at::Tensor& X) {
                {from, stride, kept.stride(0), !is_transposed},
                {from, stride, kept.stride(0), is_transposed}, 0.0, T, wide, some * wide);
       const int64_t offset = first * columns * columns;
-      C10_CUDA_CHECK(launch_strip_pieces(T, high + offset, low + offset, count, some, columns,
-                                         start, stream));
+      C10_CUDA_CHECK(
+          launch_strip_pieces(T, high + offset, low + offset, count, some, columns, start, stream));
     }
   }
   return pieces;

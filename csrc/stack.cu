@@ -35,8 +35,8 @@ at::Tensor stack_halves(at::TensorList matrices, at::IntArrayRef exponents) {
                      M.scalar_type(), " beside ", type);
     kept.push_back(M.contiguous());
     const int exponent = static_cast<int>(exponents[i]), half = exponent / 2;
-    entries.push_back({kept.back().const_data_ptr(), std::ldexp(1.f, half),
-                       std::ldexp(1.f, exponent - half)});
+    entries.push_back(
+        {kept.back().const_data_ptr(), std::ldexp(1.f, half), std::ldexp(1.f, exponent - half)});
   }
   at::Tensor stacked =
       at::empty({static_cast<int64_t>(matrices.size()), first.size(0), first.size(1)},

@@ -36,8 +36,8 @@ __global__ void mirror_kernel(T* __restrict__ G, int64_t columns) {
   }
 }
 
-/// Two float16 pieces, the second times 2^11, of rows of a symmetric matrix from the diagonal on and
-/// of their mirror image; where both sides of a pair are given the upper one decides.
+/// Two float16 pieces, the second times 2^11, of rows of a symmetric matrix from the diagonal on
+/// and of their mirror image; where both sides of a pair are given the upper one decides.
 ///
 /// T     (batch, rows, columns - start)  float32: rows start.. of G, columns start..
 /// high  (batch, columns, columns)       float16
