@@ -28,6 +28,7 @@ from benchmarks.record import save
 from lorax_kernels import ops
 
 BATCH, ROWS = 16, 4096
+LONG = 11008  # the long side of an MLP's weights
 WIDTHS = (128, 512)
 BACKENDS = ("cuda", "triton", "reference")
 # Off CUDA these are torch.linalg.eigh, which loops over the batch: seconds a call.
@@ -182,6 +183,40 @@ def block_cases() -> Iterator[Case]:
     )
 
 
+def weighed_error(exact: torch.Tensor, pieces: torch.Tensor) -> float:
+    """Of what two float16 pieces of a batch stand for."""
+    high, low = pieces[:, :1].double()
+    return relative(exact, high + low / 2**11)
+
+
+def weight_cases() -> Iterator[Case]:
+    """Weights on their way to tensor cores; square, of an MLP, and of one from its short side."""
+    b, m, n = BATCH, LONG, ROWS
+    for rows, flipped in ((n, False), (m, False), (m, True)):
+        X = (normal(b, rows, n) / n**0.5).half()
+        X = X.mT.contiguous().mT if flipped else X
+        first = X[:1].double()
+        yield Case(
+            "gram_halves",
+            f"{b}x{rows}x{n} float16" + (" columns apart" if flipped else ""),
+            partial(ops.gram_halves, X),
+            1.0 * b * rows * n**2,
+            b * n * (2.0 * rows + 4.0 * n),
+            partial(weighed_error, first.mT @ first),
+        )
+    for dtype in (torch.bfloat16, torch.float16):
+        W = (normal(b, m, n) / n**0.5).to(dtype)
+        matrices, exponents = [w.clone() for w in W], [3 - i % 4 for i in range(b)]
+        yield Case(
+            "stack_halves",
+            f"{b}x{m}x{n} {str(dtype)[6:]}",
+            partial(ops.stack_halves, matrices, exponents),
+            0.0,
+            4.0 * b * m * n,
+            partial(relative, 8 * W[:1].double()),
+        )
+
+
 def eigh_cases() -> Iterator[Case]:
     for l in (128, 192, 256, 384, 512):
         for b in (16, 128):
@@ -262,7 +297,7 @@ def main() -> None:
     limits = ceilings()
     print(json.dumps(limits))
     rows, profiles = [], {}
-    for case in (c for make in (block_cases, eigh_cases, thin_cases) for c in make()):
+    for case in (c for make in (block_cases, weight_cases, eigh_cases, thin_cases) for c in make()):
         if arguments.only and case.op not in arguments.only:
             continue
         for backend in arguments.backends:
