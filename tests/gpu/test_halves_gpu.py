@@ -38,7 +38,7 @@ def test_gram_halves_of_strides(backend: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 9), (63, 64), (1025, 200)], ids=str)
-@pytest.mark.parametrize("exponent, low, high", cases.STACKED)
+@pytest.mark.parametrize(("exponent", "low", "high"), cases.STACKED)
 def test_stack_halves(
     backend: str, shape: tuple[int, int], exponent: int, low: float, high: float
 ) -> None:

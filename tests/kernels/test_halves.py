@@ -18,7 +18,7 @@ def test_gram_halves(shape: tuple[int, ...]) -> None:
     assert torch.equal(ops.gram_halves(cases.awkward(X)), pieces)
 
 
-@pytest.mark.parametrize("exponent, low, high", cases.STACKED)
+@pytest.mark.parametrize(("exponent", "low", "high"), cases.STACKED)
 def test_stack_halves_is_exact(exponent: int, low: float, high: float) -> None:
     matrices = [cases.scaled_matrix(7, 9, low, high) for _ in range(3)]
     stacked = ops.stack_halves([*matrices, matrices[0].mT.contiguous().mT], [exponent] * 4)
