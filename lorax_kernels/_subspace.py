@@ -40,6 +40,8 @@ _GROWTH_CAP_ROUNDED = 1e4
 # at the eigenvalues outside.
 _AIM = 0.5
 _ENOUGH = 0.65
+# With a Gram matrix a degree more costs a tenth of another cycle, which would be made with weights.
+_AIM_GRAM = 0.3
 # On a GPU a batch goes on as a whole while at least this share of it is not done: to leave the rest
 # out means to copy the weights, which costs as much as two products and needs memory.
 _STAYS_WHOLE = 0.25
@@ -132,7 +134,7 @@ def _glance(A: Operator, Q: torch.Tensor, k: int, known: int, pieces: int = 1) -
     the better place to end the damped interval: the least Ritz value is low by a factor of two.
     """
     Z = A.apply(Q, pieces)
-    H = torch.bmm(Q.mT, Z)
+    H = A.inner(Q, Z)
     rho = Z - ops.rotate(Q, H, backend=A.backend)
     quotients = torch.diagonal(H, dim1=1, dim2=2).clamp_min(0)
     theta, order = quotients.sort(dim=1, descending=True)
@@ -219,7 +221,7 @@ def _next_cycle(A: Operator, ritz: _Ritz, k: int, tol: float) -> _Cycle:
     gap = (last - end).clamp_min(1e-9 * last + 1e-300)
     rate = torch.acosh((2 * last / end.clamp_min(1e-300) - 1).clamp_min(1 + 1e-9))
     floor = torch.maximum(A.rounding * last, A.gram_rounding) / gap
-    aim = torch.full_like(floor, _AIM * tol)
+    aim = torch.full_like(floor, (_AIM if A.G is None else _AIM_GRAM) * tol)
     planned = torch.maximum(planned, (aim * mixed).sqrt())
     turn = torch.maximum(torch.minimum(planned, floor), aim)
     needed = torch.acosh((planned / aim).clamp_min(1)) / rate
