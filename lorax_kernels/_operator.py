@@ -98,16 +98,16 @@ class Operator:
         return 2.0**-12 if self.W.parts[0].dtype == torch.float16 else 0.0
 
     @functools.cached_property
-    def gram_rounding(self) -> torch.Tensor:
-        """What rounding the Gram matrix to one piece mixes into a direction, `(b,)` on the CPU.
+    def gram_rounding(self) -> list[float]:
+        """What rounding its Gram matrix to one piece mixes into a direction of each; 0 without it.
 
         Rounding turns no two directions in particular into each other: a direction is off by as
         much towards each of the others, and by the root of their number times as much in all.
         """
         if self.G is None or self.rounding == 0:
-            return torch.zeros(self.W.shape[0], dtype=torch.float64)
+            return [0.0] * self.W.shape[0]
         norm = torch.linalg.vector_norm(self.G.parts[0], dim=(1, 2), dtype=torch.float32)
-        return self.rounding * norm.double().cpu() / math.sqrt(3 * self.G.shape[1])
+        return (self.rounding * norm.double() / math.sqrt(3 * self.G.shape[1])).tolist()
 
     def forward(self, X: torch.Tensor, pieces: int) -> torch.Tensor:
         """`W X`, from the short side to the long one."""

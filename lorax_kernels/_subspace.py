@@ -23,28 +23,14 @@ import torch
 from . import _backends, ops
 from ._estimates import outside_error, residual_error
 from ._operator import Operator, Stack
+from ._steering import ENOUGH, LEAST_END, SHORT_CYCLES, Cycle, Facts, batches, next_cycles
 
-# Degrees a cycle may have. Few, because matrices that need the same degree run as one batch.
-_DEGREES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24)
-# Degrees of the first cycles at most. The interval that they damp is a guess from a nearly random
-# block, and degrees spent on a wrong interval are lost; a glance at what they made is cheap.
-_SHORT_CYCLES = (6, 8)
 # Between two orthonormalisations the leading directions may outgrow the rest by this factor. Ritz
 # vectors hold little of each other's directions, so that float32 has digits left for the smallest.
 # Every column of a nearly random block holds the leading directions, though, and what they outgrow
 # by more than this goes under where the column is rounded to float16.
 _GROWTH_CAP = 1e6
 _GROWTH_CAP_ROUNDED = 1e4
-# A cycle aims well below the tolerance, so that it rarely ends just above it; it stops as far below
-# because the estimate is of first order, and low by up to a half where the block's end is not yet
-# at the eigenvalues outside.
-_AIM = 0.5
-_ENOUGH = 0.65
-# With a Gram matrix a degree more costs a tenth of another cycle, which would be made with weights.
-_AIM_GRAM = 0.3
-# On a GPU a batch goes on as a whole while at least this share of it is not done: to leave the rest
-# out means to copy the weights, which costs as much as two products and needs memory.
-_STAYS_WHOLE = 0.25
 # Cycles that start with a glance; a warm start has one of them on a GPU, and none on a CPU.
 _GLANCES = 3
 # Degrees after which a block's random columns show where the eigenvalues outside begin.
@@ -112,7 +98,7 @@ class _Ritz:
         nothing is known of what lies outside, and the error is taken for a large one.
         """
         if is_bounded:
-            short_of = self.error > _ENOUGH * tol
+            short_of = self.error > ENOUGH * tol
             return replace(
                 self, planned=torch.where(short_of, self.planned.clamp_min(tol), self.planned)
             )
@@ -172,88 +158,19 @@ def _rayleigh_ritz(A: Operator, Q: torch.Tensor, k: int, known: int) -> _Ritz:
     return _Ritz(Q, Y, Z, theta.float(), theta, error, planned.clamp_max(1), mixed)
 
 
-@dataclass(frozen=True)
-class _Cycle:
-    """The next cycle of each matrix of a stack, on the CPU; no degrees where the matrix is done."""
-
-    coarse: torch.Tensor  # (b,) factors with the block rounded to one piece
-    fine: torch.Tensor  # (b,) factors after those, with the block in two pieces
-    gain: torch.Tensor  # (b,) how much a leading direction gains on the rest in one, at most
-
-    @property
-    def work(self) -> int:
-        """Factors of the longest cycle, those in two pieces counted twice."""
-        return int((self.coarse + 2 * self.fine).max())
-
-    def batches(self) -> dict[tuple[int, int], list[int]]:
-        """Indices of the matrices with the same degrees."""
-        found: dict[tuple[int, int], list[int]] = {}
-        for i, degrees in enumerate(zip(self.coarse.tolist(), self.fine.tolist(), strict=True)):
-            found.setdefault(degrees, []).append(i)
-        return found
-
-    def cut(self, degree: int) -> "_Cycle":
-        """No more than `degree` degrees, and none of them fine where there would be more."""
-        total = self.coarse + self.fine
-        return replace(
-            self,
-            coarse=torch.where(total > degree, degree, self.coarse),
-            fine=torch.where(total > degree, 0, self.fine),
-        )
-
-    def clamp(self, most: int) -> "_Cycle":
-        """The same with `most` degrees at most."""
-        fine = self.fine.clamp_max(most)
-        return replace(self, coarse=torch.minimum(self.coarse, most - fine), fine=fine)
-
-
-def _next_cycle(A: Operator, ritz: _Ritz, k: int, tol: float) -> _Cycle:
-    """Smallest listed degree that should bring the error under the tolerance, for each matrix.
-
-    Factors in one piece leave an error of about their rounding over `theta_k - theta_l`. Where that
-    is above the tolerance, the last factors take two: as many as would bring the error from there
-    under it.
-    """
+def _next_cycles(A: Operator, ritz: _Ritz, k: int, tol: float) -> list[Cycle]:
+    """The next cycle of each matrix."""
     values = (ritz.theta[:, 0], ritz.theta[:, k - 1], ritz.theta[:, -1])
-    facts = torch.stack([*values, ritz.planned, ritz.mixed, ritz.error])
-    # Once for all that steers, and in few steps from there: a GPU is idle meanwhile.
-    first, last, end, planned, mixed, error = facts.double().cpu()
-    gap = (last - end).clamp_min(1e-9 * last + 1e-300)
-    rate = torch.acosh((2 * last / end.clamp_min(1e-300) - 1).clamp_min(1 + 1e-9))
-    floor = torch.maximum(A.rounding * last, A.gram_rounding) / gap
-    aim = torch.full_like(floor, (_AIM if A.G is None else _AIM_GRAM) * tol)
-    planned = torch.maximum(planned, (aim * mixed).sqrt())
-    turn = torch.maximum(torch.minimum(planned, floor), aim)
-    needed = torch.acosh((planned / aim).clamp_min(1)) / rate
-    fine = (torch.acosh(turn / aim) / rate).ceil().clamp_max(_DEGREES[-1])
-    # After a glance two degrees more cost less than a look too early.
-    enough = _AIM if ritz.Y is None else _ENOUGH
-    degrees = torch.stack([_listed(needed), fine.long()])
-    degrees = torch.where(error <= enough * tol, 0, degrees)
-    if A.on_gpu:
-        # One degree: products cost little there, and small eigenproblems the same for a few
-        # matrices as for many.
-        goes_on = degrees[0] > 0
-        if goes_on.float().mean() > _STAYS_WHOLE:
-            goes_on = torch.ones_like(goes_on)
-        degrees = torch.where(goes_on, degrees.amax(1, keepdim=True), 0)
-    total, fine = degrees
-    fine = torch.minimum(fine, total)
-    gain = (2 * first / _damped(first, end)).clamp_min(2)
-    return _Cycle(total - fine, fine, gain)
-
-
-def _damped(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """End of the interval that a filter damps, `(b,)`: the least the block holds.
-
-    Where the block holds all there is, its last Ritz value is rounding and may be zero.
-    """
-    return torch.maximum(last, 1e-8 * first).clamp_min(1e-30)
-
-
-def _listed(needed: torch.Tensor) -> torch.Tensor:
-    listed = torch.tensor((0, *_DEGREES), dtype=needed.dtype, device=needed.device)
-    return listed[torch.bucketize(needed, listed).clamp_max(len(_DEGREES))].long()
+    facts = torch.stack([*values, ritz.planned, ritz.mixed, ritz.error]).double()
+    # Once for all that steers: a GPU is idle from here to the next product.
+    return next_cycles(
+        [Facts(*row) for row in facts.T.tolist()],
+        tol,
+        rounding=A.rounding,
+        gram_rounding=A.gram_rounding,
+        is_look=ritz.Y is not None,
+        together=A.on_gpu,
+    )
 
 
 def _filter(A: Operator, ritz: _Ritz, coarse: int, fine: int, gain: float) -> torch.Tensor:
@@ -261,7 +178,7 @@ def _filter(A: Operator, ritz: _Ritz, coarse: int, fine: int, gain: float) -> to
 
     A leading direction gains on the rest by `gain` in one factor, at most, over the stack.
     """
-    b = _damped(ritz.theta[:, 0], ritz.theta[:, -1]).float()
+    b = torch.maximum(ritz.theta[:, -1], LEAST_END * ritz.theta[:, 0]).float().clamp_min(1e-30)
     roots = _roots(coarse + fine, b.device)
     shifts = roots[:, None] * b
     # A factor's own size for a column above b, which keeps the block in float16's range.
@@ -315,22 +232,22 @@ def _solve(
         ritz = ritz.with_unknown(known > k, tol)
     del Q
     left -= 2
-    cycle = _next_cycle(A, ritz, k, tol)
-    if A.G is None and ritz.Y is None and cycle.work >= A.gram_from:
+    cycles = _next_cycles(A, ritz, k, tol)
+    if A.G is None and ritz.Y is None and max(c.work for c in cycles) >= A.gram_from:
         A = A.with_gram()
-        cycle = _next_cycle(A, ritz, k, tol)
-    if stage < len(_SHORT_CYCLES) and ritz.Y is None:
-        cycle = cycle.cut(_SHORT_CYCLES[stage])
-    cycle = cycle.clamp(max(0, left // 2))
+        cycles = _next_cycles(A, ritz, k, tol)
+    if stage < len(SHORT_CYCLES) and ritz.Y is None:
+        cycles = [cycle.cut(SHORT_CYCLES[stage]) for cycle in cycles]
+    cycles = [cycle.clamp(max(0, left // 2)) for cycle in cycles]
     parts = []
     # Matrices with the same cycle run as one batch.
-    for (coarse, fine), index in cycle.batches().items():
+    for (coarse, fine), index in batches(cycles).items():
         whole = len(index) == count
         # What is done needs no copy of its weights.
         is_done = coarse + fine == 0 and ritz.Y is not None
         where = None if whole else torch.tensor(index, device=ritz.Q.device)
         some = A if where is None or is_done else A[where]
-        gain = float(cycle.gain[index].max())
+        gain = max(cycles[i].gain for i in index)
         parts.append((coarse, fine, gain, index, some, ritz if where is None else ritz[where]))
     del ritz, some
     results = []

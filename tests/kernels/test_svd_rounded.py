@@ -5,12 +5,15 @@ The rounding is emulated where blocks meet weights, as csrc/kernels/split.cuh do
 keeps 11 bits of every element, scaled so that the largest of a block fits.
 """
 
+import math
+
 import pytest
 import torch
 
-from lorax_kernels import _operator, truncated_svd
+from lorax_kernels import _operator, _subspace, truncated_svd
 from lorax_kernels import svd as svd_module
 from lorax_kernels._planning import Plan
+from lorax_kernels.ops.gram_halves import PIECE
 from lorax_kernels.testing import matrix
 
 TOL = 2e-3
@@ -33,8 +36,18 @@ def on_tensor_cores(monkeypatch):
     monkeypatch.setattr(_operator.Operator, "rounding", property(lambda self: 2.0**-12))
 
 
-def decompose(matrices, k, width, monkeypatch, max_passes=64):
-    forced = Plan("randomized", width, False, max_passes)
+@pytest.fixture
+def gram_in_halves(monkeypatch):
+    def gram(tall, backend):
+        G = torch.bmm(tall.mT, tall)
+        high = G.half().float()
+        return _operator.Stack((high, ((G - high) * PIECE).half().float()), (1.0, 1 / PIECE))
+
+    monkeypatch.setattr(_operator.Stack, "gram", staticmethod(gram))
+
+
+def decompose(matrices, k, width, monkeypatch, max_passes=64, use_gram=False, gram_from=math.inf):
+    forced = Plan("randomized", width, use_gram, max_passes, gram_from)
     monkeypatch.setattr(svd_module, "plan", lambda *_, **__: forced)
     return truncated_svd(matrices, k, tol=TOL)
 
@@ -82,3 +95,20 @@ def test_outliers_cost_few_passes(on_tensor_cores, monkeypatch):
     svd = decompose([W], 16, 48, monkeypatch, max_passes=100)[0]
     assert svd.passes <= 58
     assert true_error(svd.V, W, 16) <= TOL
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
+@pytest.mark.parametrize("spectrum", ["power", "flat", "marchenko_pastur"])
+def test_gram_matrix_in_halves(on_tensor_cores, gram_in_halves, monkeypatch, spectrum, late):
+    """One look is enough: what rounding the Gram matrix leaves is damped with it, not with W."""
+    looks, look = [], _subspace._rayleigh_ritz
+    monkeypatch.setattr(
+        _subspace, "_rayleigh_ritz", lambda *a: looks.append(a[0].G is None) or look(*a)
+    )
+    W = matrix(spectrum, 900, 512, 40).bfloat16().float()
+    W = W * 2.0 ** -(2 + float(W.abs().max().log2().floor()))
+    svd = decompose([W], 40, 72, monkeypatch, use_gram=not late, gram_from=2.0)[0]
+    assert svd.path == "randomized"
+    assert svd.error <= TOL
+    assert true_error(svd.V, W, 40) <= 2 * svd.error + 1e-4
+    assert looks == [True]
