@@ -70,7 +70,7 @@ void gram_pieces(const at::Tensor& X, at::Tensor& G) {
 
 // The float32 strip of a Gram matrix lives in scratch memory of about this size, for some matrices
 // at a time.
-constexpr int64_t kStripBytes = int64_t{256} << 20;
+constexpr int64_t kStripBytes = int64_t{128} << 20;
 
 }  // namespace
 

@@ -50,7 +50,7 @@ def chunks(
         size += 8 * long * short + 3 * 8 * short**2
     else:
         # The block and its products before and after a rotation, and their pieces.
-        size += 4 * (4 * short + 3 * long) * p.width
+        size += 4 * (5 * short + 3 * long) * p.width
         # The Gram matrix in float32, or in two float16 pieces.
         size += 4 * short**2 if p.use_gram or p.gram_from < math.inf else 0
     pieces = -(-len(group) * size // workspace)

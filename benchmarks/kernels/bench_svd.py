@@ -93,8 +93,12 @@ def ours(shapes, spectrum, rank, backend, repeats, ceiling, generator):
     # Plain torch compiles nothing, so one matrix of every shape warms it.
     call(list({W.shape: W for W in weights}.values()) if backend == "reference" else weights)
     ms, results = timed(call, repeats)
+    held = sum(t.nbytes for svd in results for t in (svd.U, svd.S, svd.V))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     with counted(ceiling) as products:
         call()
+    extra = torch.cuda.max_memory_allocated() - before - held
     errors, seen = [], set()
     for W, svd in zip(weights, results, strict=True):
         if W.shape not in seen:
@@ -115,6 +119,7 @@ def ours(shapes, spectrum, rank, backend, repeats, ceiling, generator):
         "width": width,
         "tflop": products.flops / 1e12,
         "gbyte": products.size / 1e9,
+        "extra_bytes": extra,
         "floor_ms": floor,
         "share_of_floor": floor / ms,
     }
