@@ -6,7 +6,14 @@ import statistics
 from .lm_report import TASKS, cases
 
 # What is shown over the drift.
-KEPT = ("copy", "restore --embeddings 1", "prolora k=64", "lorax k=320")
+KEPT = (
+    "copy",
+    "copy --embeddings 0.5",
+    "restore --embeddings 1",
+    "prolora k=64",
+    "lorax k=320",
+    "trained",
+)
 WON = (
     "lorax core",
     "transport k=64",
@@ -35,17 +42,19 @@ TEXTS = {"spanish_nll": "own text", "generic_nll": "own text (Wikipedia)"}
 
 
 def over_drift(result, path):
-    """Over the drift of the target: the lift that methods keep, and what they win over copying."""
+    """Over the drift of the target: lift and BLEU that are kept, and what is won over copying."""
     related = [c for c in cases(result) if c.task == "enfr" and c.target in SERIES]
     if not related:
         return
-    figure, axes = _figure(1, 3, (14, 4.4))
+    figure, axes = _figure(1, 4, (18, 4.4))
     axes = axes[0]
     lora, lorax = ([c for c in related if c.kind == kind] for kind in ("lora", "lorax"))
     facts = result["facts"]
     _lines(axes[0], lora, KEPT, facts, lambda case, method: case.shares(method)[0])
-    axes[0].set(title="LoRA: lift kept, %")
-    for axis, mine, name in ((axes[1], lora, "LoRA"), (axes[2], lorax, "LoRA-X")):
+    axes[0].set(title="LoRA: lift kept in loss, %")
+    _lines(axes[1], lora, KEPT, facts, _written)
+    axes[1].set(title="LoRA: BLEU of what is written")
+    for axis, mine, name in ((axes[2], lora, "LoRA"), (axes[3], lorax, "LoRA-X")):
         _lines(axis, mine, WON, facts, _won)
         axis.axhline(0, color="black", linewidth=1)
         axis.set(title=f"{name}: nats won over copying", ylim=(-0.15, 0.07))
@@ -53,6 +62,11 @@ def over_drift(result, path):
         axis.set(xlabel="relative drift of the target's weights, %")
         axis.legend(fontsize=8)
     _save(figure, path)
+
+
+def _written(case, method):
+    key = TASKS[case.task][1]
+    return [row[key] for row in case.methods[method].values() if key in row]
 
 
 def _won(case, method):
@@ -63,8 +77,8 @@ def _won(case, method):
 def _lines(axis, mine, methods, facts, score):
     """A line a method, with the spread over the seeds."""
     for i, method in enumerate(methods):
-        kept = [c for c in mine if method in c.methods]
-        values = [score(c, method) for c in kept]
+        scored = [(c, score(c, method)) for c in mine if method in c.methods]
+        kept, values = [c for c, v in scored if v], [v for _, v in scored if v]
         if kept:
             mean = [statistics.mean(v) for v in values]
             error = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
