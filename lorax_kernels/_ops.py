@@ -178,6 +178,9 @@ def check_stack_halves(matrices: Sequence[torch.Tensor], exponents: Sequence[int
         _same("shapes of all matrices", tuple(first.shape), tuple(matrix.shape))
         _same("dtypes of all matrices", first.dtype, matrix.dtype)
         _same("devices of all matrices", first.device, matrix.device)
+    for exponent in exponents:
+        if abs(exponent) > 200:
+            raise ValueError(f"exponents must be from -200 to 200, got {exponent}")
 
 
 def _stack_halves_fake(matrices: Sequence[torch.Tensor], exponents: Sequence[int]) -> torch.Tensor:

@@ -50,6 +50,18 @@ def test_stack_halves(
     assert torch.equal(stacked.double(), exact)
 
 
+def test_copies_are_made_a_few_at_a_time(backend: str) -> None:
+    """2 GB of matrices that lie column after column: their copies take 256 MB and one more."""
+    base = torch.randn(2048, 4096, device="cuda").bfloat16()
+    matrices = [base.clone().mT for _ in range(128)]
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    stacked = ops.stack_halves(matrices, [0] * 128, backend=backend)
+    extra = torch.cuda.max_memory_allocated() - before - stacked.nbytes
+    assert extra <= (256 << 20) + base.nbytes
+    assert torch.equal(stacked, torch.stack(matrices).half())
+
+
 def test_thousands_of_matrices(backend: str) -> None:
     """More than one launch takes."""
     matrices = list(torch.arange(4096.0, device="cuda").half().view(-1, 1, 1))

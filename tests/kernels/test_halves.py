@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights and Gram matrices as float16, in plain PyTorch."""
 
+import math
+
 import op_cases as cases
 import pytest
 import torch
@@ -26,6 +28,15 @@ def test_stack_halves_is_exact(exponent: int, low: float, high: float) -> None:
     assert torch.equal(stacked.double(), exact)
 
 
+@pytest.mark.parametrize(
+    ("exponent", "size", "found"), [(-200, 2.0**127, 0.0), (200, 2.0**-126, math.inf)]
+)
+def test_exponents_at_the_ends(exponent: int, size: float, found: float) -> None:
+    """A zero stays one, and nothing becomes NaN on the way to what float16 cannot hold."""
+    stacked = ops.stack_halves([torch.tensor([[0.0, size]]).bfloat16()], [exponent])
+    assert stacked.flatten().tolist() == [0.0, found]
+
+
 def test_each_matrix_has_its_exponent() -> None:
     one = torch.ones(2, 3, dtype=torch.float16)
     stacked = ops.stack_halves([one, one, one], [0, -3, 15])
@@ -43,6 +54,11 @@ BAD = {
         lambda: ops.stack_halves([torch.ones(1, 1).half(), torch.ones(1, 2).half()], [0, 0]),
         ValueError,
         r"shapes of all matrices must agree, got \(1, 1\) and \(1, 2\)",
+    ),
+    "an exponent beyond float32's powers": (
+        lambda: ops.stack_halves([torch.zeros(1, 1).half()] * 2, [200, -201]),
+        ValueError,
+        "exponents must be from -200 to 200, got -201",
     ),
     "gram of bfloat16": (
         lambda: ops.gram_halves(torch.ones(1, 1, 1).bfloat16()),

@@ -28,7 +28,8 @@ def gram_halves(X: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
 
     Args:
         X: `(b, m, n)`, float16; rows or columns contiguous, anything else is copied. Entries under
-            1/2 in size and at most 2^17 rows cannot leave float16's range; what does is infinite.
+            1/2 in size and at most 2^17 rows cannot leave float16's range; what does is not
+            finite.
         backend: "auto", "cuda", "triton" or "reference".
 
     Returns:

@@ -24,6 +24,7 @@ def stack_halves_reference(
             some = slice(start, start + step)
             scaled = torch._foreach_mul(list(matrices[some]), [2.0**e for e in exponents[some]])
             torch._foreach_copy_(list(stacked[some]), scaled)
+            del scaled  # before the next ones are made
         return stacked
     for row, matrix, exponent in zip(stacked, matrices, exponents, strict=True):
         # In two steps: a power that brings 1e-38 to 1 is itself out of float32's range.
