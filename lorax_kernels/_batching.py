@@ -45,10 +45,13 @@ def chunks(
 ) -> Iterator[list[int]]:
     """Cuts a group into pieces of one size whose temporaries stay within `workspace` bytes."""
     long, short = max(matrix.shape), min(matrix.shape)
-    size = long * short * (2 if halves and matrix.dtype.itemsize == 2 else 4)
+    is_narrow = halves and matrix.dtype.itemsize == 2
+    size = long * short * (2 if is_narrow else 4)
     if p.path == "exact":
         size += 8 * long * short + 3 * 8 * short**2
     else:
+        # Float32 weights for tensor cores in two float16 pieces, beside what they are pieces of.
+        size += 4 * long * short if halves and not is_narrow else 0
         # The block and its products before and after a rotation, and their pieces.
         size += 4 * (5 * short + 3 * long) * p.width
         # The Gram matrix in float32, or in two float16 pieces.

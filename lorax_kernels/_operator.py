@@ -10,6 +10,9 @@ import torch
 from . import ops
 from .ops.gram_halves import PIECE
 
+# What a second piece holds is made for some matrices at a time, in float32.
+_SCRATCH_BYTES = 256 << 20
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -28,7 +31,11 @@ class Stack:
         if not halves or W.dtype != torch.float32:
             return Stack((W,))
         high = W.half()
-        low = ((W - high) * PIECE).half()
+        low = torch.empty_like(high)
+        step = max(1, _SCRATCH_BYTES // (4 * W.shape[1] * W.shape[2]))
+        for start in range(0, len(W), step):
+            some = slice(start, start + step)
+            low[some] = (W[some] - high[some]).mul_(PIECE)
         return Stack((high, low), (1.0, 1 / PIECE))
 
     @staticmethod

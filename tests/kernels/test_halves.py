@@ -7,7 +7,7 @@ import op_cases as cases
 import pytest
 import torch
 
-from lorax_kernels import ops
+from lorax_kernels import _operator, ops
 
 
 @pytest.mark.parametrize("shape", cases.GRAM_SHAPES, ids=cases.label)
@@ -73,3 +73,17 @@ def test_bad_arguments_are_named(name: str) -> None:
     call, error, message = BAD[name]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_float32_in_two_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """22 of 24 bits, also where the second pieces are made one matrix at a time."""
+    W = torch.randn(3, 63, 199) / 8
+    whole = _operator.Stack.of(W, True)
+    monkeypatch.setattr(_operator, "_SCRATCH_BYTES", 1)
+    high, low = _operator.Stack.of(W, True).parts
+    assert torch.equal(torch.stack(whole.parts), torch.stack([high, low]))
+    assert high.dtype == low.dtype == torch.float16
+    exact = W.double()
+    lost = (high.double() + low.double() * whole.factors[1] - exact).abs()
+    # Under 2^-14 first pieces are in steps of 2^-24, and the second ones in steps of 2^-35.
+    assert bool((lost <= 2.0**-22 * exact.abs() + 2.0**-36).all())

@@ -13,6 +13,7 @@ import torch
 from oracle import exact_svd, orthonormality, projector_error
 
 import lorax_kernels as lk
+from lorax_kernels import _batching
 from lorax_kernels import svd as svd_module
 from lorax_kernels._planning import Plan, plan
 from lorax_kernels.testing import SPECTRA, matrix
@@ -270,3 +271,13 @@ def test_plan_takes_the_exact_path_for_high_ranks_only():
     assert plan(8960, 1536, 64, None, cpu).use_gram
     assert plan(1536, 1536, 1200, None, cpu).path == "exact"
     assert plan(30, 20, 19, 8, cpu).path == "exact"
+
+
+def test_float32_weights_for_tensor_cores_count_with_their_pieces():
+    """As many bytes again: one byte less than eight take makes two batches."""
+    weights, narrow = torch.empty(4096, 4096), Plan("randomized", 1, False)
+    each, columns = 4 * 4096**2, 4 * (5 + 3) * 4096
+    for halves, size in ((False, each + columns), (True, 2 * each + columns)):
+        for workspace, expected in ((8 * size, [8]), (8 * size - 1, [4, 4])):
+            batches = _batching.chunks(list(range(8)), weights, narrow, workspace, halves)
+            assert [len(batch) for batch in batches] == expected
