@@ -116,7 +116,7 @@ def plan(
     pays = forming / saved if saved > 0 else math.inf
     # In float16 sums of more squares than this leave its range.
     gram_from = pays if halves and pays <= _MOST and long <= 1 << 17 else math.inf
-    use_gram = gram_from <= _FEWEST if halves else pays < degree
+    use_gram = gram_from <= min(_FEWEST, degree) if halves else pays < degree
     iterating = degree * (by_gram if use_gram else by_weights)
     if halves and use_gram:
         # A look stays with the weights, and in two pieces it costs as much as four degrees.

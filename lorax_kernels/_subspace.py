@@ -233,12 +233,14 @@ def _solve(
     del Q
     left -= 2
     cycles = _next_cycles(A, ritz, k, tol)
-    if A.G is None and ritz.Y is None and max(c.work for c in cycles) >= A.gram_from:
+    most = max(0, left // 2)
+    work = max(cycle.clamp(most).work for cycle in cycles)
+    if A.G is None and ritz.Y is None and work >= A.gram_from:
         A = A.with_gram()
         cycles = _next_cycles(A, ritz, k, tol)
     if stage < len(SHORT_CYCLES) and ritz.Y is None:
         cycles = [cycle.cut(SHORT_CYCLES[stage]) for cycle in cycles]
-    cycles = [cycle.clamp(max(0, left // 2)) for cycle in cycles]
+    cycles = [cycle.clamp(most) for cycle in cycles]
     parts = []
     # Matrices with the same cycle run as one batch.
     for (coarse, fine), index in batches(cycles).items():

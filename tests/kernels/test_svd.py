@@ -273,6 +273,13 @@ def test_plan_takes_the_exact_path_for_high_ranks_only():
     assert plan(30, 20, 19, 8, cpu).path == "exact"
 
 
+def test_a_small_budget_pays_for_no_gram_matrix():
+    """On a GPU one is formed from the start where it pays within the products allowed."""
+    gpu, shape = torch.device("cuda"), (11008, 4096, 320, None)
+    assert plan(*shape, gpu, torch.bfloat16).use_gram
+    assert not plan(*shape, gpu, torch.bfloat16, max_passes=4).use_gram
+
+
 def test_float32_weights_for_tensor_cores_count_with_their_pieces():
     """As many bytes again: one byte less than eight take makes two batches."""
     weights, narrow = torch.empty(4096, 4096), Plan("randomized", 1, False)

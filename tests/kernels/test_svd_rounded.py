@@ -112,3 +112,19 @@ def test_gram_matrix_in_halves(on_tensor_cores, gram_in_halves, monkeypatch, spe
     assert svd.error <= TOL
     assert true_error(svd.V, W, 40) <= 2 * svd.error + 1e-4
     assert looks == [True]
+
+
+def test_no_gram_matrix_is_formed_for_the_last_few_products(
+    on_tensor_cores, gram_in_halves, monkeypatch
+):
+    """What pays is what is still allowed, not what the tolerance would take."""
+    formed, gram = [], _operator.Stack.gram
+    monkeypatch.setattr(
+        _operator.Stack, "gram", staticmethod(lambda *a: formed.append(a) or gram(*a))
+    )
+    W = matrix("flat", 900, 512, 40).bfloat16().float()
+    W = W * 2.0 ** -(2 + float(W.abs().max().log2().floor()))
+    decompose([W], 40, 72, monkeypatch, max_passes=10, gram_from=8.0)
+    assert formed == []
+    decompose([W], 40, 72, monkeypatch, max_passes=40, gram_from=8.0)
+    assert len(formed) > 0
