@@ -50,7 +50,9 @@ def block_powers(
     width = min(-(-(q + _EXTRA) // _TILE) * _TILE, m, n)
     if generator is None:
         generator = torch.Generator(A.device).manual_seed(0)
-    X = torch.randn(min(m, n), width, generator=generator, device=generator.device).to(A.device)
+    X = torch.randn(
+        min(m, n), width, dtype=torch.float32, device=generator.device, generator=generator
+    ).to(A.device)
     W = A.reshape(-1, m, n)
     X = X.expand(len(W), *X.shape)
     count = 2 * niter + 1

@@ -58,7 +58,7 @@ def _from_gram(
     del R
     S = torch.linalg.vector_norm(Y, dim=1).cummin(dim=1).values
     U = ops.orthonormalize(Y, backend=backend)
-    U = U * torch.where((U * Y).sum(1, keepdim=True) < 0, -1.0, 1.0)
+    U = U * torch.where((U * Y).sum(1, keepdim=True) < 0, -1.0, 1.0).to(U.dtype)
     eps = torch.finfo(torch.float32).eps
     error = rounding_error(theta, k, max(W.shape[1:]), dtype).clamp_min(eps)
     if dtype == torch.float32:

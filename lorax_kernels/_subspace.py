@@ -63,7 +63,7 @@ def chebyshev_roots(degree: int) -> tuple[float, ...]:
 
 @functools.cache
 def _roots(degree: int, device: torch.device) -> torch.Tensor:
-    return torch.tensor(chebyshev_roots(degree), device=device)
+    return torch.tensor(chebyshev_roots(degree), dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _finish(
     V = V.gather(2, order[:, None].expand_as(V))
     U = ops.orthonormalize(Y, backend=backend)
     # Orthonormalisation may turn a column around; a pair keeps its sign.
-    U = U * torch.where((U * Y).sum(1, keepdim=True) < 0, -1.0, 1.0)
+    U = U * torch.where((U * Y).sum(1, keepdim=True) < 0, -1.0, 1.0).to(U.dtype)
     return Triplets(U, S, V, error, torch.zeros(len(S), dtype=torch.long))
 
 

@@ -138,7 +138,7 @@ def _decompose(
         U, V = left @ (turn_B @ X[..., :rank]), right @ (turn_A @ Y[..., :rank])
     U, V = U.float(), V.float()
     largest = U.abs().argmax(dim=-2, keepdim=True)
-    sign = torch.where(U.gather(-2, largest) < 0, -1.0, 1.0)
+    sign = torch.where(U.gather(-2, largest) < 0, -1.0, 1.0).to(U.dtype)
     count = B.shape[0]
     return SVD(
         U * sign,

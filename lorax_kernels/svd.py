@@ -221,7 +221,7 @@ def _start_block(
     Seeded by its shape, so that no matrix's start depends on which others are in the call.
     """
     generator = torch.Generator(device).manual_seed((seed * 1000003 + rows * 8191 + width) % 2**62)
-    block = torch.randn(1, rows, width, generator=generator, device=device)
+    block = torch.randn(1, rows, width, generator=generator, dtype=torch.float32, device=device)
     if all(basis is None for basis in bases):
         return block
     block = block.repeat(len(bases), 1, 1)
@@ -281,7 +281,7 @@ def _results(triplets: _subspace.Triplets, scale: torch.Tensor, path: str) -> li
     """
     U, V = triplets.U, triplets.V
     largest = U.abs().argmax(dim=1, keepdim=True)
-    sign = torch.where(U.gather(1, largest) < 0, -1.0, 1.0)
+    sign = torch.where(U.gather(1, largest) < 0, -1.0, 1.0).to(U.dtype)
     S = (triplets.S * scale[:, None].to(triplets.S.device)).float()
     columns = (U * sign, S, V * sign, triplets.error.tolist(), triplets.passes.tolist())
     return [SVD(*row, path) for row in zip(*columns, strict=True)]

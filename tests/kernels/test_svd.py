@@ -13,7 +13,7 @@ import torch
 from oracle import exact_svd, orthonormality, projector_error
 
 import lorax_kernels as lk
-from lorax_kernels import _batching
+from lorax_kernels import _batching, _subspace
 from lorax_kernels import svd as svd_module
 from lorax_kernels._planning import Plan, plan
 from lorax_kernels.testing import SPECTRA, matrix
@@ -288,3 +288,20 @@ def test_float32_weights_for_tensor_cores_count_with_their_pieces():
         for workspace, expected in ((8 * size, [8]), (8 * size - 1, [4, 4])):
             batches = _batching.chunks(list(range(8)), weights, narrow, workspace, halves)
             assert [len(batch) for batch in batches] == expected
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_does_not_matter(default, path):
+    W = matrix("power", 150, 111, 9, generator=seeded(5))
+    expected = lk.truncated_svd(W, 9)
+    _subspace._roots.cache_clear()
+    torch.set_default_dtype(default)
+    try:
+        svd = lk.truncated_svd(W, 9)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for found, right in zip(
+        (svd.U, svd.S, svd.V), (expected.U, expected.S, expected.V), strict=True
+    ):
+        assert torch.equal(found, right)
+        assert found.dtype == torch.float32
