@@ -2,8 +2,8 @@
 """What every part of the language measurement shares: models, training, scoring, rows, time."""
 
 import gc
-import gzip
 import json
+import lzma
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +128,7 @@ class Lab:
 
     Args:
         folder: what `prepare` wrote.
-        output: JSON file of the rows; answers go beside it, `.answers.jsonl.gz`.
+        output: JSON file of the rows; answers go beside it, `.answers.jsonl.xz`.
         device: "cuda" or "cpu".
         scale: how much of everything.
         budget: seconds after which nothing new is begun.
@@ -140,7 +140,7 @@ class Lab:
         self._budget = budget
         self.output = Path(output)
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        self._answers = gzip.open(self.output.with_suffix(".answers.jsonl.gz"), "wt")  # noqa: SIM115
+        self._answers = lzma.open(self.output.with_suffix(".answers.jsonl.xz"), "wt")  # noqa: SIM115
         self.scale, self.device = scale, torch.device(device)
         self._dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.rows, self.facts, self.models = [], {}, {}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of the answers, and tables."""
 
-import gzip
 import json
+import lzma
 import statistics
 from pathlib import Path
 
@@ -54,10 +54,10 @@ def score(path, references):
     """Add BLEU, chrF and ROUGE-L of the answers beside `path` to its rows, once."""
     path = Path(path)
     result = json.loads(path.read_text("utf-8"))
-    beside = path.with_suffix(".answers.jsonl.gz")
+    beside = path.with_suffix(".answers.jsonl.xz")
     if not beside.exists():
         return
-    with gzip.open(beside, "rt", encoding="utf-8") as file:
+    with lzma.open(beside, "rt", encoding="utf-8") as file:
         for line in file:
             found = json.loads(line)
             # The last rows may be missing where a run was cut.
