@@ -2,7 +2,9 @@
 """The program that compute-sanitizer runs compiles and launches every kernel; no GPU is needed."""
 
 import re
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,27 @@ def test_program_calls_every_launcher() -> None:
     program = "\n".join(source.read_text() for source in SOURCES)
     assert len(launchers) > 15
     assert {name for name in launchers if not re.search(rf"\b{name}\b", program)} == set()
+
+
+@pytest.mark.parametrize(
+    ("row", "is_clean"),
+    [
+        ({"of": "tests", "errors": 0, "passed": 12}, True),
+        ({"of": "tests", "errors": 0, "passed": 11, "failed": 1}, True),
+        ({"of": "tests", "errors": 0, "passed": 0}, False),
+        ({"of": "tests", "errors": 1, "passed": 12}, False),
+        ({"of": "program", "errors": 0, "warnings": 0, "passed": 3, "failed": 0}, True),
+        ({"of": "program", "errors": 0, "warnings": 2, "passed": 3, "failed": 0}, False),
+        ({"of": "program", "errors": 0, "passed": 2, "failed": 1}, False),
+        ({"of": "program", "errors": None, "not_run": "no time was left"}, False),
+    ],
+    ids=[
+        *["tests", "a test fails", "no test ran", "error in tests"],
+        *["program", "warnings", "a check fails", "not run"],
+    ],
+)
+def test_what_counts_as_clean(row: dict, is_clean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing found in nothing that ran is no result."""
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the script adds to it
+    code = runpy.run_path(str(ROOT / "scripts" / "sanitize.py"))
+    assert code["is_clean"](row) is is_clean
