@@ -4,7 +4,8 @@
 // float32 from float32: two float16 pieces of scaled columns, H = P_0^T P_0 and C = P_0^T P_1 in
 // one product, G = H + C + C^T; the diagonal from exact norms. float32 from 16-bit blocks: one
 // product, exact factors. Both in sums of at most 512 rows. float64: cuBLAS on an upcast copy
-// (Hopper multiplies float64 on tensor cores).
+// (Hopper multiplies float64 on tensor cores). Two float16 pieces from float16: one product and
+// one sum, as a filter needs it.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -92,6 +93,7 @@ at::Tensor gram(const at::Tensor& X, at::ScalarType dtype) {
 
 at::Tensor gram_halves(const at::Tensor& X) {
   check_block(X, "X");
+  TORCH_CHECK_TYPE(X.scalar_type() == at::kHalf, "X must be float16, got ", X.scalar_type());
   const c10::cuda::CUDAGuard guard(X.device());
   const int64_t batch = X.size(0), rows = X.size(1), columns = X.size(2);
   at::Tensor pieces = at::empty({2, batch, columns, columns}, X.options());

@@ -9,6 +9,8 @@ import torch
 from . import ops
 from ._planning import Plan
 
+# Matrices that one call of a compiled op takes: the second and third sides of a grid end there.
+_MOST = 65535
 # Outside of these bounds squares of entries overflow or vanish in float32.
 _SAFE = (1e-8, 1e8)
 # Largest entry in float16: products with orthonormal blocks are then of order one, and entries down
@@ -56,8 +58,8 @@ def chunks(
         size += 4 * (5 * short + 3 * long) * p.width
         # The Gram matrix in float32, or in two float16 pieces.
         size += 4 * short**2 if p.use_gram or p.gram_from < math.inf else 0
-    pieces = -(-len(group) * size // workspace)
-    count = max(1, -(-len(group) // max(1, pieces)))
+    pieces = max(-(-len(group) * size // workspace), -(-len(group) // _MOST))
+    count = max(1, -(-len(group) // pieces))
     for start in range(0, len(group), count):
         yield group[start : start + count]
 

@@ -290,6 +290,12 @@ def test_float32_weights_for_tensor_cores_count_with_their_pieces():
             assert [len(batch) for batch in batches] == expected
 
 
+def test_a_batch_holds_no_more_than_an_op_takes():
+    exact = Plan("exact", 2, False)
+    batches = list(_batching.chunks(list(range(65536)), torch.empty(3, 2), exact, 4 << 30, True))
+    assert [len(batch) for batch in batches] == [32768, 32768]
+
+
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
 def test_the_default_dtype_does_not_matter(default, path):
     W = matrix("power", 150, 111, 9, generator=seeded(5))
