@@ -32,7 +32,7 @@ namespace {
 constexpr int64_t kScratchBytes = int64_t{512} << 20;
 
 // Tensor cores truncate their running sums, by up to 2^-24 every 16 rows. After as many rows as
-// here ordinary arithmetic takes over, where more than bfloat16 is asked for: 2^-18 is left.
+// here ordinary arithmetic takes over, where more than bfloat16 is asked for: about 2^-18 is left.
 constexpr int64_t kSumRows = 1024;
 
 bool fits_int(int64_t x) { return x <= std::numeric_limits<int>::max(); }
