@@ -15,6 +15,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "widen.cuh"
+
 namespace lorax {
 
 enum class Float { kBFloat16, kFloat16, kFloat32, kFloat64 };
@@ -40,11 +42,6 @@ struct Conversions {
   Conversion entry[kConversions];
 };
 static_assert(sizeof(Conversions) <= 32764, "a kernel's parameters end at 32764 bytes");
-
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float widen(__half x) { return __half2float(x); }
-__device__ inline float widen(float x) { return x; }
-__device__ inline double widen(double x) { return x; }
 
 template <typename To, typename From>
 __device__ inline To narrow(From x) {

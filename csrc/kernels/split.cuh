@@ -13,6 +13,7 @@
 #include <cuda_fp16.h>
 
 #include "launch.cuh"
+#include "widen.cuh"
 
 namespace lorax {
 
@@ -51,8 +52,6 @@ __device__ inline float position_noise(uint32_t row, uint32_t column, uint32_t s
 
 __device__ inline void to_piece(float v, __nv_bfloat16* piece) { *piece = __float2bfloat16_rn(v); }
 __device__ inline void to_piece(float v, __half* piece) { *piece = __float2half_rn(v); }
-__device__ inline float from_piece(__nv_bfloat16 piece) { return __bfloat162float(piece); }
-__device__ inline float from_piece(__half piece) { return __half2float(piece); }
 
 constexpr int kSplitThreads = 256;
 constexpr int kSplitWidth = 8;  // columns of a thread: 16 bytes of a piece
@@ -138,7 +137,7 @@ static __global__ void __launch_bounds__(kSplitThreads)
 #pragma unroll
       for (int c = 0; c < kSplitWidth; ++c) {
         to_piece(v[c], &piece[c]);
-        v[c] -= from_piece(piece[c]);
+        v[c] -= widen(piece[c]);
       }
       *reinterpret_cast<uint4*>(out + row * layout.row_stride + p * layout.piece_stride) =
           *reinterpret_cast<const uint4*>(piece);

@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "widen.cuh"
+
 namespace lorax {
 
 // A power of two as two factors: one alone can be out of float32's range.
@@ -25,9 +27,6 @@ struct StackList {
   StackEntry entry[kStackEntries];
 };
 static_assert(sizeof(StackList) <= 32764, "a kernel's parameters end at 32764 bytes");
-
-__device__ inline float stack_value(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float stack_value(__half x) { return __half2float(x); }
 
 constexpr int kStackWidth = 8;
 
@@ -54,12 +53,12 @@ static __global__ void stack_halves_kernel(const __grid_constant__ StackList lis
     *reinterpret_cast<uint4*>(in) = __ldg(reinterpret_cast<const uint4*>(from) + i);
 #pragma unroll
     for (int c = 0; c < kStackWidth; ++c) {
-      out[c] = __float2half_rn(stack_value(in[c]) * first * second);
+      out[c] = __float2half_rn(widen(in[c]) * first * second);
     }
     reinterpret_cast<uint4*>(to)[i] = *reinterpret_cast<const uint4*>(out);
   }
   for (int64_t i = vectors + thread; i < count; i += step) {
-    to[i] = __float2half_rn(stack_value(from[i]) * first * second);
+    to[i] = __float2half_rn(widen(from[i]) * first * second);
   }
 }
 

@@ -198,7 +198,7 @@ __global__ void triangle_pieces_kernel(const float* __restrict__ M,
     __half piece;
     to_piece(v, &piece);
     first[i * padded + j] = piece;
-    to_piece(v - from_piece(piece), &piece);
+    to_piece(v - widen(piece), &piece);
     second[i * padded + j] = piece;
   }
 }
