@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import ops
-from .ops.gram_halves import PIECE
+from .ops.gram_halves import PIECE, split
 
 # What a second piece holds is made for some matrices at a time, in float32.
 _SCRATCH_BYTES = 256 << 20
@@ -30,12 +30,11 @@ class Stack:
         """
         if not halves or W.dtype != torch.float32:
             return Stack((W,))
-        high = W.half()
-        low = torch.empty_like(high)
+        high, low = (torch.empty_like(W, dtype=torch.float16) for _ in range(2))
         step = max(1, _SCRATCH_BYTES // (4 * W.shape[1] * W.shape[2]))
         for start in range(0, len(W), step):
             some = slice(start, start + step)
-            low[some] = (W[some] - high[some]).mul_(PIECE)
+            split(W[some], high[some], low[some])
         return Stack((high, low), (1.0, 1 / PIECE))
 
     @staticmethod

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from . import _backends, ops
+from . import _backends, _signs, ops
 from ._estimates import outside_error, residual_error
 from ._operator import Operator, Stack
 from ._steering import ENOUGH, LEAST_END, SHORT_CYCLES, Cycle, Facts, batches, next_cycles
@@ -205,9 +205,7 @@ def _finish(
     S, order = torch.linalg.vector_norm(Y, dim=1).sort(dim=1, descending=True, stable=True)
     Y = Y.gather(2, order[:, None].expand_as(Y))
     V = V.gather(2, order[:, None].expand_as(V))
-    U = ops.orthonormalize(Y, backend=backend)
-    # Orthonormalisation may turn a column around; a pair keeps its sign.
-    U = U * torch.where((U * Y).sum(1, keepdim=True) < 0, -1.0, 1.0).to(U.dtype)
+    U = _signs.like(ops.orthonormalize(Y, backend=backend), Y)
     return Triplets(U, S, V, error, torch.zeros(len(S), dtype=torch.long))
 
 

@@ -6,7 +6,7 @@ from typing import overload
 
 import torch
 
-from . import ops
+from . import _signs, ops
 from .svd_types import SVD
 
 # Bytes of float64 factors that are worked on at once; intermediates take about three times that.
@@ -137,8 +137,7 @@ def _decompose(
         X, S, Y = _small_svd(R_B @ R_A.mT, backend)
         U, V = left @ (turn_B @ X[..., :rank]), right @ (turn_A @ Y[..., :rank])
     U, V = U.float(), V.float()
-    largest = U.abs().argmax(dim=-2, keepdim=True)
-    sign = torch.where(U.gather(-2, largest) < 0, -1.0, 1.0).to(U.dtype)
+    sign = _signs.canonical(U)
     count = B.shape[0]
     return SVD(
         U * sign,

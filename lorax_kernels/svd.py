@@ -8,7 +8,7 @@ from typing import overload
 
 import torch
 
-from . import _backends, _batching, _exact, _streams, _subspace
+from . import _backends, _batching, _exact, _signs, _streams, _subspace
 from ._planning import Plan, plan
 from .svd_types import SVD
 
@@ -275,13 +275,9 @@ def _decompose(
 
 
 def _results(triplets: _subspace.Triplets, scale: torch.Tensor, path: str) -> list[SVD]:
-    """One by one, with the weights' scale and canonical signs.
-
-    The largest entry of each column of `U` is positive.
-    """
+    """One by one, with the weights' scale and canonical signs."""
     U, V = triplets.U, triplets.V
-    largest = U.abs().argmax(dim=1, keepdim=True)
-    sign = torch.where(U.gather(1, largest) < 0, -1.0, 1.0).to(U.dtype)
+    sign = _signs.canonical(U)
     S = (triplets.S * scale[:, None].to(triplets.S.device)).float()
     columns = (U * sign, S, V * sign, triplets.error.tolist(), triplets.passes.tolist())
     return [SVD(*row, path) for row in zip(*columns, strict=True)]

@@ -6,6 +6,7 @@ import torch
 from ... import _backends, _ops
 from .reference import PIECE as PIECE
 from .reference import gram_halves_reference
+from .reference import split as split
 
 _backends.register_reference("gram_halves", gram_halves_reference)
 _backends.register(
