@@ -4,6 +4,7 @@
 import dataclasses
 import gc
 import json
+import lzma
 
 import numpy as np
 import pytest
@@ -103,6 +104,28 @@ def test_what_is_late_is_left_out(folder, tmp_path, weights, capsys):
     log = capsys.readouterr().out
     assert "late: xsum, wiki, lora is left out" in log
     assert "failed" not in log
+
+
+def test_answers_can_be_read_before_the_run_has_ended(folder, tmp_path, weights):
+    pytest.importorskip("sacrebleu")
+    out = tmp_path / "out.json"
+    out.with_suffix(".answers.jsonl.xz").write_text("of a run before")
+    lab = lm_lab.Lab(folder, out, device="cpu", scale=TINY, source=(SHAPE, weights))
+    for count in (1, 2):
+        lab.score("source", "enfr", None, skill=False)
+        lab.flush()
+        lm_report.score(out, lab.corpus.references)
+        rows = json.loads(out.read_text())["rows"]
+        assert ["bleu" in row for row in rows] == [True] * count
+    in_streams = read_answers(out)
+    assert [json.loads(line)["row"] for line in in_streams] == [0, 1]
+    lab.close()
+    assert read_answers(out) == in_streams
+
+
+def read_answers(out):
+    with lzma.open(out.with_suffix(".answers.jsonl.xz"), "rt") as file:
+        return file.readlines()
 
 
 def test_measurement_from_training_to_document(folder, tmp_path, weights, capsys, monkeypatch):
