@@ -23,6 +23,8 @@ import torch
 from benchmarks.record import save
 from lorax_transfer.peft import add_lorax_adapter
 
+_WARM_S = 0.2
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -78,13 +80,17 @@ def _start(width: int, rank: int, device: str, dtype: torch.dtype) -> float:
     for _ in range(3):
         model = torch.nn.Sequential(*(_layer(width, device, dtype) for _ in range(count)))
         targets = [str(i) for i in range(count)]
-        start = time.perf_counter() if device == "cuda" else time.process_time()
+        start = _now(device)
         add_lorax_adapter(model, rank, target_modules=targets)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        end = time.perf_counter() if device == "cuda" else time.process_time()
-        times.append(1e3 * (end - start) / count)
+        times.append(1e3 * (_now(device) - start) / count)
     return statistics.median(times)
+
+
+def _now(device: str) -> float:
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _row(
@@ -132,22 +138,27 @@ def _on_cpu(run: Callable[[], None], repeats: int) -> float:
 
 
 def _on_gpu(run: Callable[[], None], repeats: int) -> float:
+    # Lazy parts of libraries come to be on another stream than a graph's, before it is captured.
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    # Until clocks are what they are under load; then back to back, so that no launch is waited for.
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < _WARM_S:
         graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+        torch.cuda.synchronize()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
 
 if __name__ == "__main__":
