@@ -8,11 +8,27 @@ import pytest
 import torch
 
 _SEED = 42
+# What peft says of adapters that tests make on purpose.
+_PEFT = (
+    # It asks transformers 5 for an attribute that is on its way out.
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    # One flag for all modules, which may be of several kinds.
+    "ignore:fan_in_fan_out is set to (True|False):UserWarning",
+    # A table that is adapted is also copied whole.
+    "ignore:Setting `save_embedding_layers` to `True`:UserWarning",
+    "ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning",
+    "ignore:You have requested `ensure_weight_tying`:UserWarning",
+)
 _PACKAGE = "lorax_kernels"
 
 
 # Test matrices are small: a second thread gains nothing on them, and costs much on a busy machine.
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in _PEFT:
+        config.addinivalue_line("filterwarnings", line)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,10 +11,7 @@ from lorax_kernels import testing
 from lorax_transfer.adapters import lorax_form
 from lorax_transfer.bases import BasisMaker
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def exact(W: torch.Tensor, rank: int) -> lk.SVD:

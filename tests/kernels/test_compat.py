@@ -17,10 +17,6 @@ from lorax_kernels.compat import _pissa
 
 TOL = 1e-3
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:fan_in_fan_out is set to False:UserWarning",
-)
-
 
 def close(found, expected, tolerance):
     found, expected = found.detach().float(), expected.detach().float()

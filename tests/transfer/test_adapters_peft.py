@@ -22,10 +22,6 @@ from safetensors.torch import load_file
 from lorax_transfer.adapters import Adapter, LoraLayer, read_adapter, write_adapter
 from lorax_transfer.errors import AdapterError, OutputError
 
-# peft 0.21 asks transformers 5 for an attribute that is on its way out.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
 ATTENTION = ["q_proj", "v_proj"]
 CASES = {
     "llama": (llama, {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION}),
@@ -59,8 +55,6 @@ CASES = {
     "gpt2": (gpt2, {"r": 4, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
     "conv": (convnet, {"r": 2, "lora_alpha": 3, "target_modules": ["conv", "head"]}),
 }
-# peft copies lm_head whole when it is targeted, and says so.
-FULL_COPY = "ignore:Setting `save_embedding_layers` to `True`:UserWarning"
 
 
 def inputs(make):
@@ -81,7 +75,6 @@ def write(adapter, path, **options):
     return write_adapter(adapter, path, **{**defaults, **options})
 
 
-@pytest.mark.filterwarnings(FULL_COPY)
 @pytest.mark.parametrize(("make", "config"), CASES.values(), ids=CASES)
 def test_round_trip_gives_equal_logits(tmp_path, make, config):
     expected = outputs(save_adapter(make(), tmp_path / "in", **config), make)
@@ -93,7 +86,6 @@ def test_round_trip_gives_equal_logits(tmp_path, make, config):
     assert not torch.equal(actual, outputs(make(), make))
 
 
-@pytest.mark.filterwarnings(FULL_COPY)
 @pytest.mark.parametrize(("make", "config"), CASES.values(), ids=CASES)
 def test_modules_and_scales_are_what_peft_uses(tmp_path, make, config):
     model = save_adapter(make(), tmp_path, **config)
@@ -229,7 +221,6 @@ def test_a_converted_pissa_adapter_is_a_plain_update(tmp_path):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 def test_what_is_dropped_is_switched_off(tmp_path):
     targets = ["q_proj", "embed_tokens"]
     save_adapter(llama(), tmp_path / "in", r=4, target_modules=targets, modules_to_save=["lm_head"])

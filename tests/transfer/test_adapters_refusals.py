@@ -23,13 +23,9 @@ from lorax_transfer.adapters import DROPPABLE, read_adapter, write_adapter
 from lorax_transfer.errors import AdapterError
 
 pytestmark = [
-    # peft 0.21 asks transformers 5 for an attribute that is on its way out.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    # It announces the full copies that the tests are about.
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
     # The tiny models have no biases to train.
     pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer"),
-    # It takes the one-dimensional lora_B.bias for a factor that was not gathered.
+    # peft takes the one-dimensional lora_B.bias for a factor that was not gathered.
     pytest.mark.filterwarnings("ignore:.*LoRA tensor.s. have invalid shape"),
 ]
 

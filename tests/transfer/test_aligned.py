@@ -12,10 +12,6 @@ from pairs import make_pair, perturb, updates
 import lorax_transfer
 from lorax_transfer.errors import MatchError
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
-
 # float32 weights and factors; the maps are found in float64.
 CLOSE = 1e-4
 
@@ -148,7 +144,6 @@ def well_conditioned(model):
     return model
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 def test_an_update_comes_out_in_the_coordinates_of_a_wider_model(tmp_path):
     """Embeddings tell the stream's map, weights the maps inside of blocks and the depth."""
     source = well_conditioned(deep_llama(4))
@@ -169,7 +164,6 @@ def test_an_update_comes_out_in_the_coordinates_of_a_wider_model(tmp_path):
     assert report.recommendation.verdict == "do not"
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 def test_modules_outside_of_the_layers_keep_their_place(tmp_path):
     source = deep_llama(3)
     target = with_layers(source, [0, 2])

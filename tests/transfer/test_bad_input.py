@@ -22,10 +22,6 @@ from lorax_transfer.errors import (
     TransferError,
 )
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
-
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 WEIGHTS, FACTORS = "model.safetensors", "adapter_model.safetensors"
 

@@ -15,9 +15,6 @@ import lorax_transfer
 from lorax_transfer.bases import BasisMaker
 from lorax_transfer.errors import OutputError
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
 TOL = 1e-3
 
 

@@ -17,10 +17,6 @@ import lorax_transfer
 from lorax_transfer import cli
 from lorax_transfer.adapters import DROPPABLE, read_adapter
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
-
 
 @pytest.fixture
 def pair(tmp_path):

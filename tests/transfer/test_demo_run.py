@@ -23,8 +23,6 @@ from lorax_transfer.demo.pairs import SentencePair
 from lorax_transfer.demo.task import Retrieval, load_encoder, score_encoder
 from lorax_transfer.errors import CheckpointError, OutputError
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
 PAIRS = [SentencePair(a, b, "") for a, b in zip(SENTENCES, [*SENTENCES[1:], "c"], strict=True)]
 DATA_LIMIT = 2_000_000
 

@@ -13,8 +13,6 @@ from lorax_transfer.demo.pairs import SentencePair
 from lorax_transfer.demo.task import Encoder, load_encoder, retrieval_scores, score_encoder
 from lorax_transfer.errors import AdapterError, TransferError
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -26,17 +26,6 @@ import lorax_transfer
 from lorax_transfer.adapters import read_adapter
 from lorax_transfer.errors import MatchError
 
-pytestmark = [
-    # peft 0.21 asks transformers 5 for an attribute that is on its way out.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    # One flag for all modules, of which GPT-2's output layer is another kind.
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True but the target module"),
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
-    # That the weights are tied, or no longer are, is what is being tested.
-    pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`"),
-    pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`"),
-]
-
 WIDTH = 32
 # PEFT writes a full copy of a table that it adapts.
 DROP = ["modules_to_save"]

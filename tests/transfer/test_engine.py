@@ -13,10 +13,6 @@ from lorax_transfer._weights import relative_drift
 from lorax_transfer.checkpoints import open_checkpoint
 from lorax_transfer.errors import TransferError
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
-
 
 @pytest.fixture
 def pair(tmp_path):

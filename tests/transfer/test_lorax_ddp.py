@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from lorax_transfer.peft import add_lorax_adapter, lorax_layers
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
     pytest.mark.skipif(not dist.is_gloo_available(), reason="needs PyTorch's gloo backend"),
 ]

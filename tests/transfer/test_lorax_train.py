@@ -15,11 +15,6 @@ import transformers
 from lorax_transfer.errors import AdapterError
 from lorax_transfer.peft import LoraXConfig, add_lorax_adapter, load_lorax_adapter, lorax_layers
 
-# peft 0.21 asks transformers 5.23 for it.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
-
 CORES = [
     pytest.param({"core": "diagonal"}, id="diagonal"),
     pytest.param({"core": "full"}, id="full"),

@@ -19,11 +19,6 @@ from lorax_transfer.adapters.lorax import read_lorax
 from lorax_transfer.errors import MatchError, TransferError
 from lorax_transfer.peft import load_lorax_adapter
 
-# peft 0.21 asks transformers 5.23 for it.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
-
 RANK = 6
 KINDS = ["llama", "gpt2", "convnet"]
 

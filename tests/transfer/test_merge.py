@@ -23,10 +23,6 @@ from lorax_transfer._adapter_commands import _spread
 from lorax_transfer.adapters import read_adapter
 from lorax_transfer.errors import MatchError, OutputError, TransferError
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
-
 
 def random_tensors(rank, seed, modules=("fc", "proj"), dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)

@@ -30,9 +30,6 @@ from lorax_transfer.settings import METHODS
 from lorax_transfer.tables import show
 from lorax_transfer.totals import total
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
 DOCS = Path(__file__).parents[2] / "docs" / "report.md"
 
 

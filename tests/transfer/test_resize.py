@@ -23,10 +23,6 @@ import lorax_transfer
 from lorax_transfer.adapters import read_adapter
 from lorax_transfer.errors import AdapterError, OutputError, TransferError
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
-
 
 def dense(layer):
     return layer.scale * layer.matrix_B.double() @ layer.matrix_A.double()

@@ -30,12 +30,6 @@ from lorax_transfer.checkpoints import open_checkpoint
 from lorax_transfer.errors import MatchError, TransferError
 from lorax_transfer.settings import METHODS
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
-    # peft suggests class names for a model that it did not expect.
-    "ignore:.*fan_in_fan_out.*:UserWarning",
-)
-
 # Factors are written in float32 (6e-8) and small weights decomposed exactly; the bases' vectors
 # carry 1e-6 of float32 rounding, which a few layers add up and nothing amplifies.
 CLOSE = 2e-5
