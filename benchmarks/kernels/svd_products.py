@@ -65,7 +65,7 @@ def counted(ceiling):
 
     def count_gram(tall, backend):
         G = gram(tall, backend)
-        # The compiled kernel computes block rows from the diagonal on and mirrors the rest.
+        # Strips from the diagonal on, as kStrip of csrc/gram.cu has them; the rest is mirrored.
         n = tall.shape[2]
         strip = 1024 if n >= 2048 else n
         made = sum(min(strip, n - start) * (n - start) for start in range(0, n, strip))
