@@ -32,7 +32,8 @@ CONTROLS = (
 )
 
 
-def _metrics(task, answers, references):
+def metrics(task, answers, references):
+    """BLEU and chrF, or ROUGE-L."""
     if task == "enfr":
         from sacrebleu.metrics import BLEU, CHRF
 
@@ -50,8 +51,8 @@ def _metrics(task, answers, references):
     return {"rouge_l": round(100 * statistics.mean(scores), 2)}
 
 
-def score(path, references):
-    """Add BLEU, chrF and ROUGE-L of the answers beside `path` to its rows, once."""
+def score(path, references, measure=metrics):
+    """Add scores of the answers beside `path` to its rows."""
     path = Path(path)
     result = json.loads(path.read_text("utf-8"))
     beside = path.with_suffix(".answers.jsonl.xz")
@@ -64,7 +65,7 @@ def score(path, references):
             if found["row"] < len(result["rows"]):
                 row = result["rows"][found["row"]]
                 known = references[f"{row['task']}.{row['split']}"]
-                row |= _metrics(row["task"], found["answers"], known[: len(found["answers"])])
+                row |= measure(row["task"], found["answers"], known[: len(found["answers"])])
     rows = ",\n".join("  " + json.dumps(row) for row in result.pop("rows"))
     head = json.dumps(result, indent=1)[:-2]
     path.write_text(f'{head},\n "rows": [\n{rows}\n ]\n}}\n', "utf-8")

@@ -243,6 +243,21 @@ def test_tokens_are_renumbered_to_those_in_use():
     assert sizes_data.renumber(rows["train"], vocabulary) == [([5, 3], [4, lm_data.END], "x")]
 
 
+def test_answers_that_go_on_are_also_scored_where_they_should_have_ended():
+    pytest.importorskip("sacrebleu", reason="answers are scored")
+    references = ["Je pense que tu as raison, bien sûr.", "Elle ne parle jamais de son travail."]
+    ended = report.scores("enfr", references, references)
+    assert set(ended.values()) == {100.0}
+    by_line = [f"{references[0]}\nEnglish: no", f"{references[1]}<|endoftext|>A sentence"]
+    found = report.scores("enfr", by_line, references)
+    assert found["bleu"] < 90
+    assert found["line_bleu"] == 100
+    on_one_line = [f"{r} French: {r}" for r in references]
+    found = report.scores("enfr", on_one_line, references)
+    assert found["line_bleu"] == found["bleu"] < 90
+    assert found["length_bleu"] == found["length_chrf"] == 100
+
+
 def test_everything_is_measured(tmp_path, monkeypatch):
     document = tmp_path / "page.md"
     document.write_text("before\n<!-- tables -->\nold\n<!-- end of tables -->\nafter\n")
