@@ -23,7 +23,7 @@ import torch
 from benchmarks.record import save
 from lorax_transfer.peft import add_lorax_adapter
 
-_WARM_S = 0.2
+_WARM_S = 0.1
 
 
 def main() -> None:
