@@ -98,3 +98,11 @@ def test_orthonormalize(name: str, quick: bool) -> None:
         assert torch.linalg.svdvals(Q).min() > 0.1
     else:
         assert cases.orthogonality(Q) < cases.QUICK_TOLERANCE
+
+
+@_inside
+def test_orthonormalize_replaces_columns_by_independent_ones() -> None:
+    Q = ops.orthonormalize(cases.hard_blocks(300, 96)["rank two"], quick=True, backend="triton")
+    sizes = torch.linalg.svdvals(Q.double())
+    assert sizes.max() < 3
+    assert sizes.min() > 0.02

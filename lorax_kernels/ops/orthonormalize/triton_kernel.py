@@ -36,14 +36,20 @@ def orthonormalize_triton(X: torch.Tensor, quick: bool) -> torch.Tensor:
         pivots = L.diagonal(dim1=1, dim2=2).square()
         X = rotate_triton(X, R.mT)
         if shift:
-            dead = (pivots <= _DEAD_PIVOTS * shift)[:, None]
-            X = torch.where(dead, noise, X)
+            # A pivot that is an error of the Gram matrix betrays itself by the length it leads to.
+            length = torch.linalg.vector_norm(X, dim=1)
+            lost = (pivots <= _DEAD_PIVOTS * shift) | (length < 0.8) | (length > 1.25)
+            X = torch.where(lost[:, None], noise, X)
     return X
 
 
 def _noise(rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """A fixed `(rows, columns)` block of numbers in [-1, 1) without structure."""
-    i = torch.arange(rows, device=device, dtype=torch.float64)[:, None]
-    j = torch.arange(columns, device=device, dtype=torch.float64)
-    # Fractional parts of large multiples of a sine: enough for vectors that only must differ.
-    return (torch.sin(i * 12.9898 + j * 78.233 + 1.0) * 43758.5453).frac().to(torch.float32)
+    """A fixed `(rows, columns)` block without structure, of columns of about unit length."""
+    mask = 0xFFFFFFFF
+    i = torch.arange(rows, device=device)[:, None] * 0x9E3779B1
+    j = (torch.arange(columns, device=device) + 0x7F4A7C15) * 0x85EBCA77
+    h = (i ^ j) & mask
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        h = ((h ^ (h >> shift)) * factor) & mask
+    uniform = (h ^ (h >> 16)).double() * 2.0**-31 - 1
+    return (uniform * (3 / rows) ** 0.5).float()
