@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Orthonormal columns by Cholesky QR, repeated until a Gram matrix is nearly the identity.
+// Orthonormal columns by Cholesky QR, repeated until the columns were nearly orthogonal before.
 //
 // A pass: scale columns, G = X^T X with unit diagonal, G = L L^T, X <- X D L^-T. A column whose
 // pivot is not above a floor is left out of the factorisation: it loses its part along the columns
 // before it and nothing else. The next pass sees its true length and either normalises it, or finds
-// that nothing but rounding is left and puts noise in its place. The last pass multiplies by nearly
-// the identity, whose diagonal is applied in float32. Quick is one pass, with noise at once.
+// that nothing but rounding is left and puts noise in its place. The last pass finds columns of
+// which most is independent, and applies the diagonal in float32. Quick is one pass, with noise at
+// once.
 //
 // Sources: Yamamoto, Nakatsukasa, Yanagisawa, Fukaya, ETNA 44 (2015), for repeating Cholesky QR;
 // Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, SIAM J. Sci. Comput. 42 (2020), for shifts;
@@ -38,8 +39,9 @@ constexpr float kQuickFloor = 1e-5f;
 // of the products, no direction.
 constexpr float kDeadLength = 5e-6f;
 
-// A Gram matrix this near to the identity leaves a result that is exact to float32's accuracy.
-constexpr float kSettled = 1e-3f;
+// Pivots from 0.9 on, as diagonals of the inverse: what is wrong with the Gram matrix, float32's
+// accuracy, is then wrong with the result, and no more.
+constexpr float kSettled = 1.054f;
 
 // A pass takes in the columns of which 6e-3 or more is independent of those before: independent
 // blocks settle in two or three passes, and condition 1e7 or rank two in four of a float32 model.
@@ -48,16 +50,15 @@ constexpr int kCapturedPasses = 5;
 
 enum class Pass {
   kMore,   // what comes next sees to columns left out
-  kLast,   // nearly the identity: to full accuracy
+  kLast,   // columns were nearly orthogonal: to full accuracy
   kQuick,  // columns left out are seen to here
 };
 
-// Whether G, normalised, is nearly the identity for every matrix. Waits for the device.
-bool is_settled(const at::Tensor& G, c10::cuda::CUDAStream stream) {
-  const at::Tensor largest = at::zeros({1}, G.options().dtype(at::kInt));
+// Whether no pivot was small in any of the factorisations. Waits for the device.
+bool is_settled(const at::Tensor& M, c10::cuda::CUDAStream stream) {
+  const at::Tensor largest = at::zeros({1}, M.options().dtype(at::kInt));
   auto* bits = reinterpret_cast<uint32_t*>(largest.mutable_data_ptr<int32_t>());
-  C10_CUDA_CHECK(
-      launch_off_diagonal(G.const_data_ptr<float>(), bits, G.size(0), G.size(1), stream));
+  C10_CUDA_CHECK(launch_least_pivot(M.const_data_ptr<float>(), bits, M.size(0), M.size(1), stream));
   uint32_t found = 0;
   C10_CUDA_CHECK(cudaMemcpyAsync(&found, bits, sizeof(found), cudaMemcpyDeviceToHost, stream));
   C10_CUDA_CHECK(cudaStreamSynchronize(stream));
@@ -66,8 +67,7 @@ bool is_settled(const at::Tensor& G, c10::cuda::CUDAStream stream) {
   return value < kSettled;
 }
 
-// One pass. With `ask`, kMore becomes kLast where the Gram matrices allow; `kind` says which it
-// was.
+// One pass. With `ask`, kMore becomes kLast where the pivots allow; `kind` says which it was.
 at::Tensor make_pass(const at::Tensor& X, float dead, uint32_t seed, bool ask, Pass& kind) {
   const int64_t batch = X.size(0), rows = X.size(1), columns = X.size(2);
   const int64_t extent = factor_extent(columns), padded = padded_columns(columns);
@@ -84,14 +84,14 @@ at::Tensor make_pass(const at::Tensor& X, float dead, uint32_t seed, bool ask, P
                                   G.mutable_data_ptr<float>(), normalizer.mutable_data_ptr<float>(),
                                   batch, columns, extent, stream));
   }
-  if (ask && is_settled(G, stream)) kind = Pass::kLast;
-  const bool last = kind == Pass::kLast;
   {
     const at::Tensor steps = at::empty({batch, step_elements(extent)}, options);
     C10_CUDA_CHECK(
         launch_cholesky_inverse(G.mutable_data_ptr<float>(), steps.mutable_data_ptr<float>(), batch,
                                 extent, kind == Pass::kQuick ? kQuickFloor : kPivotFloor, stream));
   }
+  if (ask && is_settled(G, stream)) kind = Pass::kLast;
+  const bool last = kind == Pass::kLast;
   at::Tensor stack = at::empty({batch, 2, padded, padded}, pieces.data.options());
   at::Tensor gain = at::empty({batch, columns}, options);
   C10_CUDA_CHECK(launch_triangle_pieces(

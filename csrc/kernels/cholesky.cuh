@@ -3,23 +3,16 @@
 //
 // Blocks of 64 columns, in float32 on the plain cores. The inverse is built in place by the same
 // updates as the factorisation: eliminating block column k turns the trailing matrix into its Schur
-// complement and, in the columns already eliminated, the identity into L^-1. A step is three
-// launches (diagonal block, its row and column, the rest): one CTA a matrix would leave most of the
-// device idle at 16 matrices, and took 0.8 ms at 512 columns.
+// complement and, in the columns already eliminated, the identity into L^-1. A step is two
+// launches: row and column of its diagonal block, and the rest. The next diagonal block is updated
+// first and factored at once, beside the updates of other blocks: by itself it would hold the
+// device up. One CTA a matrix for all would leave most of it idle at 16 matrices.
 #pragma once
 
 #include "symmetric.cuh"
 #include "tile.cuh"
 
 namespace lorax {
-
-constexpr int kFactorThreads = 512;
-constexpr int kHalf = kTile / 2;        // what one warp factors in registers
-constexpr int kWorkStride = kTile + 1;  // odd: a warp reads a column without conflicts
-
-// Shared memory of factor_kernel: M and MT, the block while it is factored, a product inside it.
-constexpr int kFactorBytes =
-    static_cast<int>(sizeof(float)) * (2 * kTileElements + kTile * kWorkStride + kHalf * kHalf);
 
 // What stands on the diagonal of L^-1 for a column that is left out; kept ones have 1 or more
 // there, because pivots of a unit diagonal never exceed 1.
@@ -28,138 +21,140 @@ constexpr float kLeftOut = 0.5f;
 __device__ inline bool left_out(float diagonal) { return diagonal < 0.75f; }
 
 // What a step hands from launch to launch, for each matrix of t tiles a side.
-//   slots  t tiles: block row or column of each other block, as the updates want it; M_kk for k
+//   slots  t tiles: panels of the blocks below, transposed
 //   MT     1 tile:  M_kk transposed
 inline int64_t step_elements(int64_t extent) { return (extent / kTile + 1) * kTileElements; }
 
-/// One warp: the 32 x 32 block at `work` becomes its lower factor L; MT gets (L^-1)^T.
+// Shared memory of a factorisation: M; line k and line k + 1, a line being row k left of the
+// diagonal and column k from there on; the diagonal in two parts, and one more that a loop reads.
+constexpr int kFactorElements = kTileElements + 2 * kTile + 2 * (kTile + 2);
+
+/// 1 / sqrt(x) to one rounding, from two.
+__device__ inline float inverse_root(float x, float root) {
+  return fmaf(0.5f * root, fmaf(-x * root, root, 1.f), root);
+}
+
+/// A thread's part of line k, of the block that it holds `a` of, and element k + 1 of its diagonal;
+/// k = group + m, m < 4.
+__device__ inline void leave_line(const float (&a)[4][4], const float (&low)[4], TilePlace at,
+                                  int group, int m, float* line, float2* diagonal) {
+  const bool is_row = at.row == group && at.column < group;
+  const bool is_column = at.column == group && at.row >= group;
+  float v[4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    // In the block on the diagonal they meet.
+    v[e] = is_row || (e < m && at.row == group) ? a[m][e] : a[e][m];
+  }
+  if (is_row || is_column) {
+    *reinterpret_cast<float4*>(line + (is_row ? at.column : at.row)) =
+        make_float4(v[0], v[1], v[2], v[3]);
+  }
+  const int after = (m + 1) % 4;
+  if (at.row == at.column && at.row == group + m + 1 - after) {
+    diagonal[at.row + after] = make_float2(a[after][after], low[after]);
+  }
+}
+
+/// All threads: the diagonal block that they hold `a` of becomes M = L^-1.
+///
+/// Column by column, as blocks are: a step needs one line of the block, and who computes an element
+/// of the next line leaves it in shared memory, so that a column is one barrier. The next pivot is
+/// worked out by every thread, so that its root is taken while others are still on their way.
+/// The diagonal, whose elements are the largest, also keeps what its differences were rounded by.
 ///
 /// A column whose pivot is not above `floor` is left out: nothing is eliminated with it, and its
 /// own row of L^-1 is half of what is left of it, unnormalised. Dividing by a replaced pivot
 /// instead let the errors of dependent columns multiply from one to the next, to overflow at 130 of
-/// them.
-__device__ inline void factor_half(float* work, float* MT, float floor) {
-  const int lane = threadIdx.x % 32;
-  float a[kHalf];
-#pragma unroll
-  for (int j = 0; j < kHalf; ++j) a[j] = work[lane * kWorkStride + j];
-  float reciprocal = 0.f;
-#pragma unroll
-  for (int k = 0; k < kHalf; ++k) {
-    const float pivot = __shfl_sync(0xffffffffu, a[k], k);
-    const bool kept = pivot > floor;
-    const float inverse = kept ? 1.f / sqrtf(pivot) : kLeftOut;
-    if (lane == k) {
-      a[k] = 1.f / inverse;
-      reciprocal = inverse;
-    } else {
-      a[k] = kept ? a[k] * inverse : 0.f;
-    }
-#pragma unroll
-    for (int j = k + 1; j < kHalf; ++j) a[j] -= a[k] * __shfl_sync(0xffffffffu, a[k], j);
-  }
-#pragma unroll
-  for (int j = 0; j < kHalf; ++j) work[lane * kWorkStride + j] = j <= lane ? a[j] : 0.f;
-  __syncwarp();
-  // Lane c solves for column c of the inverse: L x = e_c.
-  float x[kHalf];
-#pragma unroll
-  for (int i = 0; i < kHalf; ++i) {
-    float sum = i == lane ? 1.f : 0.f;
-#pragma unroll
-    for (int p = 0; p < i; ++p) sum -= work[i * kWorkStride + p] * x[p];
-    x[i] = sum * __shfl_sync(0xffffffffu, reciprocal, i);
-    MT[lane * kTile + i] = x[i];
-  }
-}
-
-/// All threads: MT = (L^-1)^T and M = L^-1 of the 64 x 64 block at `work`, which is overwritten.
+/// them. NaN is no such pivot, and spreads.
 ///
-/// Halves: L = [a 0; b c], L^-1 = [a^-1 0; -c^-1 b a^-1  c^-1].
-__device__ inline void factor_tile(float* work, float* M, float* MT, float* spare, float floor) {
-  const int t = threadIdx.x;
-  const int i = t / 16, j = t % 16 * 2;  // two of the 32 x 32 elements of a half
-  float* lower = work + kHalf * kWorkStride;
-  float* corner = lower + kHalf;
-  float* corner_MT = MT + kHalf * kTile + kHalf;
-  if (t < 32) factor_half(work, MT, floor);
+/// shared  (kFactorElements,)  not in use by any thread but for its first tile
+__device__ inline void factor_tile(float (&a)[4][4], TilePlace at, float floor, float* shared) {
+  float* M = shared;
+  float* lines = shared + kTileElements;
+  float2* diagonal = reinterpret_cast<float2*>(lines + 2 * kTile);
+  float low[4] = {};
+  // Warps whose elements are all above the diagonal or in rows that are done only wait.
+  const int last_row = at.row | 15;
+  const int last_busy = (at.column & 32) <= last_row ? last_row : -1;
+  leave_line(a, low, at, 0, 0, lines, diagonal);
   __syncthreads();
-  float b[2] = {0.f, 0.f};
-#pragma unroll 8
-  for (int p = 0; p < kHalf; ++p) {
-    const float x = lower[i * kWorkStride + p];
-    b[0] = fmaf(x, MT[p * kTile + j], b[0]);
-    b[1] = fmaf(x, MT[p * kTile + j + 1], b[1]);
+  float pivot = lines[0];
+  float root = rsqrtf(pivot);
+  for (int group = 0; group < kTile; group += 4) {
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      if (group <= last_busy) {
+        const float* line = lines + m % 2 * kTile;
+        const float4 x = *reinterpret_cast<const float4*>(line + at.row);
+        const float4 y = *reinterpret_cast<const float4*>(line + at.column);
+        const float exact = inverse_root(pivot, root);
+        const float inverse = pivot <= floor ? kLeftOut : exact;
+        const float lower = pivot <= floor ? 0.f : exact;
+        const float next = line[group + m + 1] * lower;
+        const float2 after = diagonal[group + m + 1];
+        pivot = fmaf(-next, next, after.x) + after.y;
+        root = rsqrtf(pivot);
+        const float left[4] = {x.x * lower, x.y * lower, x.z * lower, x.w * lower};
+        float right[4] = {y.x * inverse, y.y * inverse, y.z * inverse, y.w * inverse};
+        const bool is_own = at.column == group;
+        if (is_own) right[m] = inverse;
+        if (at.row == group) {
+          *reinterpret_cast<float4*>(M + (group + m) * kTile + at.column) =
+              make_float4(right[0], right[1], right[2], right[3]);
+        }
+        // Rows up to k go on too, to no end: what they came to is in M.
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            const float old = c == m && is_own ? 0.f : a[r][c];
+            a[r][c] = fmaf(-left[r], right[c], old);
+            if (r == c) low[r] += fmaf(-left[r], right[c], old - a[r][c]);
+          }
+        }
+        leave_line(a, low, at, group + (m + 1) / 4 * 4, (m + 1) % 4, lines + (m + 1) % 2 * kTile,
+                   diagonal);
+      }
+      __syncthreads();
+    }
   }
-  __syncthreads();
-  lower[i * kWorkStride + j] = left_out(MT[j * kTile + j]) ? 0.f : b[0];
-  lower[i * kWorkStride + j + 1] = left_out(MT[(j + 1) * kTile + j + 1]) ? 0.f : b[1];
-  __syncthreads();
-  float c[2] = {0.f, 0.f}, u[2] = {0.f, 0.f};
-#pragma unroll 8
-  for (int p = 0; p < kHalf; ++p) {
-    const float x = lower[i * kWorkStride + p];
-    c[0] = fmaf(x, lower[j * kWorkStride + p], c[0]);
-    c[1] = fmaf(x, lower[(j + 1) * kWorkStride + p], c[1]);
-    u[0] = fmaf(x, MT[j * kTile + p], u[0]);
-    u[1] = fmaf(x, MT[(j + 1) * kTile + p], u[1]);
-  }
-  corner[i * kWorkStride + j] -= c[0];
-  corner[i * kWorkStride + j + 1] -= c[1];
-  spare[i * kHalf + j] = u[0];
-  spare[i * kHalf + j + 1] = u[1];
-  __syncthreads();
-  if (t < 32) factor_half(corner, corner_MT, floor);
-  __syncthreads();
-  float m[2] = {0.f, 0.f};
-#pragma unroll 8
-  for (int p = 0; p < kHalf; ++p) {
-    const float x = corner_MT[p * kTile + i];
-    m[0] = fmaf(x, spare[p * kHalf + j], m[0]);
-    m[1] = fmaf(x, spare[p * kHalf + j + 1], m[1]);
-  }
-  MT[j * kTile + kHalf + i] = -m[0];
-  MT[(j + 1) * kTile + kHalf + i] = -m[1];
-  MT[(kHalf + i) * kTile + j] = 0.f;
-  MT[(kHalf + i) * kTile + j + 1] = 0.f;
-  __syncthreads();
-  for (int e = t; e < kTileElements; e += kFactorThreads) {
-    M[e] = MT[e % kTile * kTile + e / kTile];
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int row = at.row + r, column = at.column + c;
+      a[r][c] = column <= row ? M[row * kTile + column] : 0.f;
+    }
   }
 }
 
-/// M = L_kk^-1 of diagonal block k, in its place; in a slot for the updates; transposed for the
-/// panels.
+/// M = L_kk^-1 of the first diagonal block, in its place, and transposed for the panels.
 ///
 /// A      (batch, extent, extent)      float32
 /// steps  (batch, tiles + 1, 64, 64)   float32
-static __global__ void __launch_bounds__(kFactorThreads)
-    factor_kernel(float* __restrict__ A, float* __restrict__ steps, int64_t extent, int k,
-                  float floor) {
-  extern __shared__ float4 shared[];
-  float* M = reinterpret_cast<float*>(shared);
-  float* MT = M + kTileElements;
-  float* work = MT + kTileElements;
-  float* spare = work + kTile * kWorkStride;
+static __global__ void __launch_bounds__(kTileThreads)
+    factor_kernel(float* __restrict__ A, float* __restrict__ steps, int64_t extent, float floor) {
+  __shared__ float4 shared[kFactorElements / 4];
   const int64_t tiles = extent / kTile;
-  float* tile = A + (static_cast<int64_t>(blockIdx.x) * extent + k * kTile) * extent + k * kTile;
-  float* slots = steps + static_cast<int64_t>(blockIdx.x) * (tiles + 1) * kTileElements;
-  for (int e = threadIdx.x; e < kTileElements; e += kFactorThreads) {
-    const int r = e / kTile, c = e % kTile;
-    work[r * kWorkStride + c] = tile[r * extent + c];
+  float* target = A + static_cast<int64_t>(blockIdx.x) * extent * extent;
+  const TilePlace at(threadIdx.x);
+  float a[4][4];
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const float4 v = *reinterpret_cast<const float4*>(target + (at.row + r) * extent + at.column);
+    a[r][0] = v.x;
+    a[r][1] = v.y;
+    a[r][2] = v.z;
+    a[r][3] = v.w;
   }
-  __syncthreads();
-  factor_tile(work, M, MT, spare, floor);
-  __syncthreads();
-  for (int e = threadIdx.x; e < kTileElements; e += kFactorThreads) {
-    tile[e / kTile * extent + e % kTile] = M[e];
-    slots[k * kTileElements + e] = M[e];
-    slots[tiles * kTileElements + e] = MT[e];
-  }
+  factor_tile(a, at, floor, reinterpret_cast<float*>(shared));
+  store_rows(target, extent, at, a);
+  store_columns(steps + (blockIdx.x * (tiles + 1) + tiles) * kTileElements, kTile, at, a);
 }
 
-/// Slots of block k: left of the diagonal the rows of the inverse, T_kj <- M_k T_kj; below it the
-/// panel, (L_ik)^T = M_k A_ik^T, without what is left out.
+/// Left of diagonal block k the rows of the inverse, T_kj <- M_k T_kj, in place; below it, in
+/// slots, the panel, (L_ik)^T = M_k A_ik^T, without what is left out.
 ///
 /// A      (batch, extent, extent)      float32
 /// steps  (batch, tiles + 1, 64, 64)   float32
@@ -205,30 +200,40 @@ static __global__ void __launch_bounds__(kTileThreads)
       for (int c = 0; c < 4; ++c) sum[r][c] = 0.f;
     }
   }
-  store_rows(slots + i * kTileElements, kTile, at, sum);
-  if (i < k) store_rows(row_k, extent, at, sum);
+  if (i < k) {
+    store_rows(row_k, extent, at, sum);
+  } else {
+    store_rows(slots + i * kTileElements, kTile, at, sum);
+  }
 }
 
 /// What eliminating block k leaves of block (i, j), i > k, j <= i: A_ij - L_ik L_jk^T right of k,
-/// -L_ik M_k in k, T_ij - L_ik T_kj left of it; each is A_ij - slot_i^T slot_j.
+/// -L_ik M_k in k, T_ij - L_ik T_kj left of it. Block (k + 1, k + 1) becomes M_(k + 1), and that
+/// transposed goes to the panels.
 ///
 /// A      (batch, extent, extent)      float32
 /// steps  (batch, tiles + 1, 64, 64)   float32
 static __global__ void __launch_bounds__(kTileThreads)
-    update_kernel(float* __restrict__ A, const float* __restrict__ steps, int64_t extent, int k) {
-  const int j = blockIdx.x, i = k + 1 + blockIdx.y, t = threadIdx.x;
+    update_kernel(float* __restrict__ A, float* __restrict__ steps, int64_t extent, int k,
+                  float floor) {
+  // Those that go on to factor come first: they take longest.
+  const int tiles = static_cast<int>(extent / kTile);
+  const int i = k + 1 + blockIdx.y, j = (k + 1 + blockIdx.z) % tiles, t = threadIdx.x;
   if (j > i) return;
   __shared__ float4 shared[2 * kTileElements / 4];
-  const int64_t tiles = extent / kTile;
-  const float* slots = steps + static_cast<int64_t>(blockIdx.z) * (tiles + 1) * kTileElements;
+  static_assert(kFactorElements <= 2 * kTileElements, "both tiles make room for a factor");
+  float* a = A + static_cast<int64_t>(blockIdx.x) * extent * extent;
+  float* slots = steps + static_cast<int64_t>(blockIdx.x) * (tiles + 1) * kTileElements;
   const float4* left = reinterpret_cast<const float4*>(slots + i * kTileElements);
-  const float4* right = reinterpret_cast<const float4*>(slots + j * kTileElements);
+  const float* right = j > k ? slots + j * kTileElements : a + (k * extent + j) * kTile;
+  const int64_t stride = j > k ? kTile : extent;
   for (int e = t; e < kTileElements / 4; e += kTileThreads) {
     shared[e] = left[e];
-    shared[kTileElements / 4 + e] = right[e];
+    shared[kTileElements / 4 + e] =
+        *reinterpret_cast<const float4*>(right + e / (kTile / 4) * stride + e % (kTile / 4) * 4);
   }
   const TilePlace at(t);
-  float* target = A + (static_cast<int64_t>(blockIdx.z) * extent + i * kTile) * extent + j * kTile;
+  float* target = a + (i * extent + j) * kTile;
   float4 old[4];
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
@@ -237,7 +242,7 @@ static __global__ void __launch_bounds__(kTileThreads)
   }
   __syncthreads();
   float sum[4][4];
-  const float* tile = reinterpret_cast<const float*>(shared);
+  float* tile = reinterpret_cast<float*>(shared);
   tile_product(tile, tile + kTileElements, at, sum);
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
@@ -245,6 +250,11 @@ static __global__ void __launch_bounds__(kTileThreads)
     sum[r][1] = old[r].y - sum[r][1];
     sum[r][2] = old[r].z - sum[r][2];
     sum[r][3] = old[r].w - sum[r][3];
+  }
+  if (i == k + 1 && j == i) {
+    __syncthreads();
+    factor_tile(sum, at, floor, tile);
+    store_columns(slots + tiles * kTileElements, kTile, at, sum);
   }
   store_rows(target, extent, at, sum);
 }
@@ -257,19 +267,14 @@ inline int64_t factor_extent(int64_t columns) { return round_up(columns, kTile);
 // floats.
 inline cudaError_t launch_cholesky_inverse(float* A, float* steps, int64_t batch, int64_t extent,
                                            float floor, cudaStream_t stream) {
-  const cudaError_t status = cudaFuncSetAttribute(
-      factor_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kFactorBytes);
-  if (status != cudaSuccess) return status;
   const unsigned tiles = static_cast<unsigned>(extent / kTile);
   const unsigned count = static_cast<unsigned>(batch);
-  for (unsigned k = 0; k < tiles; ++k) {
-    factor_kernel<<<count, kFactorThreads, kFactorBytes, stream>>>(A, steps, extent, k, floor);
-    if (tiles > 1)
-      panel_kernel<<<dim3(tiles, count), kTileThreads, 0, stream>>>(A, steps, extent, k);
-    if (k + 1 < tiles) {
-      update_kernel<<<dim3(tiles, tiles - k - 1, count), kTileThreads, 0, stream>>>(A, steps,
-                                                                                    extent, k);
-    }
+  factor_kernel<<<count, kTileThreads, 0, stream>>>(A, steps, extent, floor);
+  for (unsigned k = 0; k < tiles && tiles > 1; ++k) {
+    panel_kernel<<<dim3(tiles, count), kTileThreads, 0, stream>>>(A, steps, extent, k);
+    if (k + 1 == tiles) break;
+    update_kernel<<<dim3(count, tiles - k - 1, tiles), kTileThreads, 0, stream>>>(A, steps, extent,
+                                                                                  k, floor);
   }
   return cudaGetLastError();
 }
@@ -323,30 +328,28 @@ inline cudaError_t launch_mend_columns(const float* M, const float* scale, const
   return cudaGetLastError();
 }
 
-/// largest[0] = max over b and i > j of |G[b][i][j]|, as bits; NaN counts as above all.
+/// largest[0] = max over b and i of M[b][i][i], as bits: the reciprocal root of the least pivot.
 ///
-/// G        (batch, extent, extent) float32, symmetric
+/// A column that was left out counts as infinite, and NaN as above that.
+///
+/// M        (batch, extent, extent) float32, from the factorisation
 /// largest  (1,)                    zero before
-static __global__ void off_diagonal_kernel(const float* __restrict__ G,
-                                           uint32_t* __restrict__ largest, int64_t extent) {
-  const int64_t row = blockIdx.x;
-  const float* g = G + (static_cast<int64_t>(blockIdx.y) * extent + row) * extent;
+static __global__ void least_pivot_kernel(const float* __restrict__ M,
+                                          uint32_t* __restrict__ largest, int64_t extent) {
+  const float* m = M + static_cast<int64_t>(blockIdx.x) * extent * extent;
   uint32_t seen = 0;
-  for (int64_t c = threadIdx.x; c < row; c += 32) {
+  for (int64_t i = threadIdx.x; i < extent; i += blockDim.x) {
+    const float diagonal = m[i * extent + i];
     // Bit patterns of non-negative numbers are ordered as the numbers are, NaN above all.
-    seen = max(seen, __float_as_uint(g[c]) & 0x7fffffffu);
+    seen = max(seen, __float_as_uint(left_out(diagonal) ? INFINITY : diagonal));
   }
   seen = __reduce_max_sync(0xffffffffu, seen);
-  // A read first: most rows do not raise the maximum, and atomics on one address queue up.
-  if (threadIdx.x == 0 && seen > *static_cast<volatile uint32_t*>(largest)) {
-    atomicMax(largest, seen);
-  }
+  if (threadIdx.x % 32 == 0) atomicMax(largest, seen);
 }
 
-inline cudaError_t launch_off_diagonal(const float* G, uint32_t* largest, int64_t batch,
-                                       int64_t extent, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(extent), static_cast<unsigned>(batch));
-  off_diagonal_kernel<<<grid, 32, 0, stream>>>(G, largest, extent);
+inline cudaError_t launch_least_pivot(const float* M, uint32_t* largest, int64_t batch,
+                                      int64_t extent, cudaStream_t stream) {
+  least_pivot_kernel<<<static_cast<unsigned>(batch), 256, 0, stream>>>(M, largest, extent);
   return cudaGetLastError();
 }
 
