@@ -138,13 +138,14 @@ std::tuple<at::Tensor, at::Tensor> by_jacobi(const at::Tensor& H) {
   const at::Tensor work = at::empty({batch, extent, extent}, options);
   const at::Tensor vectors = at::empty({batch, extent, extent}, options);
   {
-    const at::Tensor rotations = at::empty({batch, pairs, kTile, kTile}, options);
+    const at::Tensor rotations =
+        at::empty({batch, pairs, 2, kTile, kTile}, options.dtype(at::kHalf));
     const at::Tensor is_active = at::empty({batch, pairs}, options.dtype(at::kInt));
     const at::Tensor notes = at::zeros({batch * (1 + 2 * kMaxSweeps)}, options.dtype(at::kInt));
     auto* seen = reinterpret_cast<uint2*>(notes.mutable_data_ptr<int>());
     const Jacobi state{work.mutable_data_ptr<float>(),
                        vectors.mutable_data_ptr<float>(),
-                       rotations.mutable_data_ptr<float>(),
+                       reinterpret_cast<__half*>(rotations.mutable_data_ptr<at::Half>()),
                        is_active.mutable_data_ptr<int>(),
                        reinterpret_cast<uint32_t*>(seen + batch * kMaxSweeps),
                        seen,

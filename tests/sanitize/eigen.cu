@@ -24,7 +24,7 @@ void check_jacobi(int64_t batch, int64_t n, bool is_near) {
   const int64_t extent = jacobi_extent(n), pairs = extent / kTile, size = extent * extent;
   const std::vector<float> h = lower_triangles(batch, n, is_near);
   const Buffer<float> input(h), H(batch * size), VT(batch * size);
-  const Buffer<float> J(batch * pairs * kTileElements);
+  const Buffer<__half> J(batch * pairs * 2 * kTileElements);
   const Buffer<int> is_active(batch * pairs), counts(kMaxSweeps);
   const Buffer<uint32_t> largest{std::vector<uint32_t>(batch)};
   const Buffer<uint2> seen{std::vector<uint2>(batch * kMaxSweeps)};
