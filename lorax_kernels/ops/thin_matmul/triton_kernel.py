@@ -73,6 +73,8 @@ def split_matmul_kernel(
     a = A + batch * a_batch + row[:, None].to(tl.int64) * a_row
     b = B + batch * b_batch + column[None, :].to(tl.int64) * b_column
     total = tl.zeros((TILE_ROWS, TILE_COLUMNS), dtype=tl.float32)
+    # What the compiler does not know to be one.
+    one = tl.where(depth > 0, 1.0, 0.0)
     if SCALED:
         scale = tl.load(scales + batch)
     for start in range(0, depth, TILE_DEPTH):
@@ -114,7 +116,8 @@ def split_matmul_kernel(
                 part = _dot(left_0, right_1, part, UPCAST)
         part = _dot(left_0, right_0, part, UPCAST)
         if ORDER > 2:
-            total += part
+            # Times one, because a bare sum is folded into the product, and then truncated in it.
+            total += part * one
         else:
             total = part
     if SCALED:
