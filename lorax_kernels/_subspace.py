@@ -25,12 +25,17 @@ from ._estimates import outside_error, residual_error
 from ._operator import Operator, Stack
 from ._steering import ENOUGH, LEAST_END, SHORT_CYCLES, Cycle, Facts, batches, next_cycles
 
-# Between two orthonormalisations the leading directions may outgrow the rest by this factor. Ritz
+# Between two orthonormalisations the leading directions may outgrow the rest by this factor: Ritz
 # vectors hold little of each other's directions, so that float32 has digits left for the smallest.
-# Every column of a nearly random block holds the leading directions, though, and what they outgrow
-# by more than this goes under where the column is rounded to float16.
 _GROWTH_CAP = 1e6
-_GROWTH_CAP_ROUNDED = 1e4
+# The most that a column may hold of the leading directions, by the estimate of `_filter`, where
+# blocks are orthonormalised from 16-bit pieces: what is there 300 times over its own direction is
+# lost in the Gram matrix, and six times the estimate were seen.
+_GROWTH_CAP_ROUNDED = 50.0
+# Factors that bring as much of the leading directions back into an orthonormal column as it has of
+# its own: none for a random block, and one more after each orthonormalisation, up to here, where
+# rounding holds as much as they do.
+_PURE = 2
 # Cycles that start with a glance; a warm start has one of them on a GPU, and none on a CPU.
 _GLANCES = 3
 # Degrees after which a block's random columns show where the eigenvalues outside begin.
@@ -81,9 +86,11 @@ class Triplets:
 class _Ritz:
     """What a block holds, for a stack."""
 
+    is_look: bool  # or else a glance
     Q: torch.Tensor  # (b, n, l) Ritz vectors, or after a glance the block itself
-    Y: torch.Tensor | None  # (b, m, l) W Q; None after a glance
+    Y: torch.Tensor | None  # (b, m, l) W Q; None after a glance that a look cannot follow at once
     Z: torch.Tensor  # (b, n, l) A Q
+    rho: torch.Tensor | None  # (b, n, l) residuals of a glance that a look can follow
     quotients: torch.Tensor  # (b, l) Rayleigh quotients of A, column by column
     theta: torch.Tensor  # (b, l) the same in descending order: Ritz values, or near them
     error: torch.Tensor  # (b,) estimated projector error of the leading k
@@ -108,18 +115,27 @@ class _Ritz:
     def __getitem__(self, index: torch.Tensor) -> "_Ritz":
         """The entries of the stack that `index` names."""
         Y = None if self.Y is None else self.Y[index]
-        rest = (self.Z, self.quotients, self.theta, self.error, self.planned, self.mixed)
-        return _Ritz(self.Q[index], Y, *(t[index] for t in rest))
+        rho = None if self.rho is None else self.rho[index]
+        values = (self.quotients, self.theta, self.error, self.planned, self.mixed)
+        some = (value[index] for value in values)
+        return _Ritz(self.is_look, self.Q[index], Y, self.Z[index], rho, *some)
 
 
-def _glance(A: Operator, Q: torch.Tensor, k: int, known: int, pieces: int = 1) -> _Ritz:
+def _glance(A: Operator, Q: torch.Tensor, k: int, known: int, is_hopeful: bool) -> _Ritz:
     """What steers a cycle, without an eigenproblem: Rayleigh quotients for Ritz values.
 
     The columns of an orthonormalised block are in the order of what they hold, nearly, so that the
     quotients are near the Ritz values. Of a block that is still nearly random the least of them is
     the better place to end the damped interval: the least Ritz value is low by a factor of two.
+
+    With `is_hopeful` the products are those of a look, which can go on from here.
     """
-    Z = A.apply(Q, pieces)
+    Y = None
+    if A.G is None and is_hopeful:
+        Y = A.forward(Q, 2)
+        Z = A.backward(Y, 2)
+    else:
+        Z = A.apply(Q, 2 if is_hopeful else 1)
     H = A.inner(Q, Z)
     rho = Z - ops.rotate(Q, H, backend=A.backend)
     quotients = torch.diagonal(H, dim1=1, dim2=2).clamp_min(0)
@@ -130,13 +146,17 @@ def _glance(A: Operator, Q: torch.Tensor, k: int, known: int, pieces: int = 1) -
     error = planned = outside_error(squares, theta, theta[:, -1:], k, A.rows)
     if known < theta.shape[1]:
         error = outside_error(squares, theta, theta[:, known - 1 : known], k, A.rows)
-    return _Ritz(Q, None, Z, quotients, theta, error, planned, torch.zeros_like(planned))
+    values = (quotients, theta, error, planned, torch.zeros_like(planned))
+    return _Ritz(False, Q, Y, Z, None if Y is None else rho, *values)
 
 
-def _rayleigh_ritz(A: Operator, Q: torch.Tensor, k: int, known: int) -> _Ritz:
-    """Singular triplets of `W` within span(Q), from two products with `W`."""
+def _rayleigh_ritz(
+    A: Operator, Q: torch.Tensor, k: int, known: int, glance: _Ritz | None = None
+) -> _Ritz:
+    """Singular triplets of `W` within span(Q), from two products with `W` or those of a glance."""
     backend = A.backend
-    Y = A.forward(Q, 2)
+    rho = None if glance is None else glance.rho
+    Y = A.forward(Q, 2) if glance is None or glance.Y is None else glance.Y
     # On a CPU float64 costs a small eigenproblem little, and it keeps a steep spectrum's end.
     dtype = torch.float64 if Q.device.type == "cpu" else torch.float32
     H = ops.gram(Y, dtype=dtype, backend=backend)
@@ -144,18 +164,22 @@ def _rayleigh_ritz(A: Operator, Q: torch.Tensor, k: int, known: int) -> _Ritz:
     theta = theta.clamp_min(0)
     Q = ops.rotate(Q, R, backend=backend)
     Y = ops.rotate(Y, R, backend=backend)
-    Z = A.backward(Y, 2)
-    if bool((theta[:, 0] > _STEEP * theta[:, -1]).any()):
-        # Rounding in Y points along the leading vectors, which the block holds: project it out.
-        rho = Z - ops.rotate(Q, torch.bmm(Q.mT, Z), backend=backend)
+    if rho is not None:
+        rho = ops.rotate(rho, R, backend=backend)
+        Z = torch.addcmul(rho, Q, theta.float()[:, None])
     else:
-        rho = torch.addcmul(Z, Q, theta.float()[:, None], value=-1)
+        Z = A.backward(Y, 2)
+        if bool((theta[:, 0] > _STEEP * theta[:, -1]).any()):
+            # Rounding in Y points along the leading vectors, which the block holds: project it out.
+            rho = Z - ops.rotate(Q, torch.bmm(Q.mT, Z), backend=backend)
+        else:
+            rho = torch.addcmul(Z, Q, theta.float()[:, None], value=-1)
     C = ops.gram(rho, backend=backend)
     # There is an eigenvalue within the residual of a Ritz value.
     within = torch.diagonal(C, dim1=1, dim2=2)[:, -1:].double().clamp_min(0).sqrt()
     end = torch.maximum(theta[:, known - 1 : known], theta[:, -1:] + within)
     error, planned, mixed = residual_error(C, theta, end, k, A.rows)
-    return _Ritz(Q, Y, Z, theta.float(), theta, error, planned.clamp_max(1), mixed)
+    return _Ritz(True, Q, Y, Z, None, theta.float(), theta, error, planned.clamp_max(1), mixed)
 
 
 def _next_cycles(A: Operator, ritz: _Ritz, k: int, tol: float) -> list[Cycle]:
@@ -168,32 +192,36 @@ def _next_cycles(A: Operator, ritz: _Ritz, k: int, tol: float) -> list[Cycle]:
         tol,
         rounding=A.rounding,
         gram_rounding=A.gram_rounding,
-        is_look=ritz.Y is not None,
+        is_look=ritz.is_look,
         together=A.on_gpu,
     )
 
 
-def _filter(A: Operator, ritz: _Ritz, coarse: int, fine: int, gain: float) -> torch.Tensor:
+def _filter(
+    A: Operator, ritz: _Ritz, coarse: int, fine: int, gain: float, pure: int
+) -> torch.Tensor:
     """Applies the polynomial of degree `coarse + fine` to the block and orthonormalises it.
 
-    A leading direction gains on the rest by `gain` in one factor, at most, over the stack.
+    A leading direction gains on the rest by `gain` in one factor, at most, over the stack; it takes
+    `pure` of them to be as much of a column as the column's own direction.
     """
     b = torch.maximum(ritz.theta[:, -1], LEAST_END * ritz.theta[:, 0]).float().clamp_min(1e-30)
     roots = _roots(coarse + fine, b.device)
     shifts = roots[:, None] * b
     # A factor's own size for a column above b, which keeps the block in float16's range.
     sizes = torch.maximum(ritz.quotients - shifts[:, :, None], b[:, None] / 2)
-    X, Z, growth = ritz.Q, ritz.Z, 1.0
+    cap, purest = (_GROWTH_CAP, 0) if A.rounding == 0 else (_GROWTH_CAP_ROUNDED, _PURE)
+    pure = min(pure, purest)
+    X, Z, held = ritz.Q, ritz.Z, gain**-pure
     for j, (shift, scale) in enumerate(zip(shifts, 1 / sizes, strict=True)):
         pieces = 1 if j < coarse else 2
         if j:
             Z = A.apply(X, pieces)
         X = ops.shift(Z, X, shift, scale, backend=A.backend)
-        growth *= gain
-        is_rounded = A.rounding > 0 and pieces == 1
-        cap = _GROWTH_CAP_ROUNDED if is_rounded else _GROWTH_CAP
-        if j + 1 < len(roots) and growth * gain > cap:
-            X, growth = ops.orthonormalize(X, quick=True, backend=A.backend), 1.0
+        held *= gain
+        if j + 1 < len(roots) and held * gain > cap:
+            pure = min(pure + 1, purest)
+            X, held = ops.orthonormalize(X, quick=True, backend=A.backend), gain**-pure
     return ops.orthonormalize(X, backend=A.backend)
 
 
@@ -210,41 +238,55 @@ def _finish(
 
 
 def _solve(
-    A: Operator, Q: torch.Tensor, k: int, tol: float, left: int, stage: int, known: int
+    A: Operator,
+    Q: torch.Tensor,
+    k: int,
+    tol: float,
+    left: int,
+    stage: int,
+    known: int,
+    *,
+    is_hopeful: bool = False,
+    glance: _Ritz | None = None,
 ) -> Triplets:
     """Looks at the block, filters it as far as each matrix needs, and goes on with what is left.
 
     `left` is how many products may still be made; `stage` counts the cycles made, of which the
     first ones are short and start with a glance. The first `known` columns of the block hold the
-    leading directions, nearly; the others still any direction.
+    leading directions, nearly; the others still any direction. `is_hopeful` says that the last
+    cycle should have been enough, and a `glance` at this block that it was.
     """
-    count = Q.shape[0]
+    count, _, width = Q.shape
     if stage >= _GLANCES:
         # What the Gram matrix could do is done.
         A = replace(A, G=None)
     glances = stage < _GLANCES and left >= _ENOUGH_LEFT
-    # A first glance sees no error as small as what a rounded Gram matrix leaves; later ones may.
-    pieces = 2 if A.G is not None and stage > 0 else 1
-    ritz = _glance(A, Q, k, known, pieces) if glances else _rayleigh_ritz(A, Q, k, known)
-    if known < Q.shape[2]:
+    if glances:
+        # A first glance sees no error as small as what a rounded Gram matrix leaves; later ones do.
+        ritz = _glance(A, Q, k, known, is_hopeful or (A.G is not None and stage > 0))
+    else:
+        ritz = _rayleigh_ritz(A, Q, k, known, glance)
+    if known < width:
         ritz = ritz.with_unknown(known > k, tol)
-    del Q
+    del Q, glance
     left -= 2
     cycles = _next_cycles(A, ritz, k, tol)
     most = max(0, left // 2)
     work = max(cycle.clamp(most).work for cycle in cycles)
-    if A.G is None and ritz.Y is None and work >= A.gram_from:
+    if A.G is None and not ritz.is_look and work >= A.gram_from:
         A = A.with_gram()
         cycles = _next_cycles(A, ritz, k, tol)
-    if stage < len(SHORT_CYCLES) and ritz.Y is None:
+    planned = cycles
+    if stage < len(SHORT_CYCLES) and not ritz.is_look:
         cycles = [cycle.cut(SHORT_CYCLES[stage]) for cycle in cycles]
     cycles = [cycle.clamp(most) for cycle in cycles]
+    is_enough = cycles == planned
     parts = []
     # Matrices with the same cycle run as one batch.
     for (coarse, fine), index in batches(cycles).items():
         whole = len(index) == count
         # What is done needs no copy of its weights.
-        is_done = coarse + fine == 0 and ritz.Y is not None
+        is_done = coarse + fine == 0 and ritz.is_look
         where = None if whole else torch.tensor(index, device=ritz.Q.device)
         some = A if where is None or is_done else A[where]
         gain = max(cycles[i].gain for i in index)
@@ -255,16 +297,19 @@ def _solve(
         coarse, fine, gain, index, some, mine = parts.pop()
         spent = 2 * max(coarse + fine, 1)
         if coarse + fine > 0:
-            block = _filter(some, mine, coarse, fine, gain)
+            block = _filter(some, mine, coarse, fine, gain, 0 if stage == 0 else _PURE)
             del mine
             is_random = known > k and coarse + fine < _FILTERED
-            now_known = known if is_random else block.shape[2]
-            found = _solve(some, block, k, tol, left + 2 - spent, stage + 1, now_known)
-        elif mine.Y is None:
-            # Nothing to damp, by what a glance can see.
-            found = _solve(some, mine.Q, k, tol, left, _GLANCES, known)
-        else:
+            now_known = known if is_random else width
+            then = left + 2 - spent
+            found = _solve(some, block, k, tol, then, stage + 1, now_known, is_hopeful=is_enough)
+        elif mine.is_look and mine.Y is not None:
             found = _finish(some.backend, mine.Q, mine.Y, mine.error, k)
+        else:
+            # Nothing to damp, by what a glance can see: a look goes on from it where it can.
+            again = 2 if mine.rho is not None else 0
+            spent -= again
+            found = _solve(some, mine.Q, k, tol, left + again, _GLANCES, known, glance=mine)
         results.append((index, replace(found, passes=found.passes + spent)))
     return _merge(results, count)
 
