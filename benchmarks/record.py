@@ -31,7 +31,9 @@ def _cpu():
 
 
 def _commit():
-    """The commit that ran, marked when the tree had changes; LORAX_COMMIT where git is absent."""
+    """LORAX_COMMIT where a copy ran that git does not know; else HEAD, and whether it changed."""
+    if named := os.environ.get("LORAX_COMMIT"):
+        return named
     try:
         head = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
@@ -42,7 +44,7 @@ def _commit():
         )
         return head.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("LORAX_COMMIT", "unknown")
+        return "unknown"
 
 
 def header():
