@@ -37,7 +37,7 @@ TESTS = [
     f"{NARROW}test_cholesky_qr[2x199x63-scale=1]",
     f"{NARROW}test_ritz[2x1025x199x32x6-flat-scale=1]",
     f"{NARROW}test_ritz_status[l=31]",
-    f"{PROJECT}test_strides_and_alignment[cuda]",
+    f"{PROJECT}test_strides_and_alignment[cuda-2xbf16-bf16]",
     f"{PROJECT}test_mixed_dtypes_in_one_call[cuda]",
     f"{PRODUCT}test_mixed_shapes[16-0-auto]",
 ]

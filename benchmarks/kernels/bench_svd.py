@@ -126,7 +126,7 @@ def ours(shapes, spectrum, rank, backend, repeats, ceiling, generator):
     return row, weights
 
 
-def warm(rank, weights, cold_ms, generator):
+def warm(rank, weights, cold_ms, repeats, generator):
     """The same model drifted by 1 % of its norm, started from its own bases of 1.5 k columns."""
     wide = truncated_svd(weights, rank * 3 // 2, tol=2e-2)
     drifted = []
@@ -134,8 +134,8 @@ def warm(rank, weights, cold_ms, generator):
         noise = torch.randn(W.shape, device=DEVICE, generator=generator)
         scale = 0.01 * torch.linalg.matrix_norm(W.float()) / torch.linalg.matrix_norm(noise)
         drifted.append((W.float() + scale * noise).to(W.dtype))
-    truncated_svd(drifted[:2], rank, tol=2e-3, init=wide[:2])
-    ms, results = timed(lambda: truncated_svd(drifted, rank, tol=2e-3, init=wide), 1)
+    truncated_svd(drifted, rank, tol=2e-3, init=wide)
+    ms, results = timed(lambda: truncated_svd(drifted, rank, tol=2e-3, init=wide), repeats)
     basis = exact_basis(drifted[0])[:, :rank]
     svd = results[0]
     return {
@@ -209,7 +209,7 @@ def main():
             if backend == "auto":
                 autos[setting] = row
                 if spectrum == "pow" and rank == 320 and not arguments.no_warm:
-                    keep(setting, warm(rank, weights, row["ms"], generator))
+                    keep(setting, warm(rank, weights, row["ms"], repeats, generator))
             del weights
         if setting in autos and "torch" in arguments.peers:
             compare(setting, "torch")

@@ -52,20 +52,19 @@ static __global__ void merge_kernel(const float* __restrict__ T,
 
 /// C[b] *= correction, where that is not 1: for blocks that 2^11 did not suit.
 ///
-/// largest, also  (batch,)               from split_kernel; `also` may be null
-/// C              (batch, rows, columns) float32
+/// largest, also  (batch,)      from split_kernel; `also` may be null
+/// C              (batch, size) float32
 static __global__ void correct_kernel(const uint32_t* __restrict__ largest,
                                       const uint32_t* __restrict__ also, float* __restrict__ C,
-                                      int64_t rows, int64_t columns) {
-  const int64_t batch = blockIdx.z;
+                                      int64_t size) {
+  const int64_t batch = blockIdx.y;
   const float factor = correction(largest, also, batch);
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (factor == 1.f || column >= columns) return;
-  const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.y;
+  if (factor == 1.f) return;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
 #pragma unroll 4
-  for (int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y; row < rows;
-       row += step) {
-    C[(batch * rows + row) * columns + column] *= factor;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < size;
+       i += step) {
+    C[batch * size + i] *= factor;
   }
 }
 
@@ -111,9 +110,11 @@ inline cudaError_t launch_merge(const float* T, const uint32_t* largest, float* 
 inline cudaError_t launch_correct(const uint32_t* largest, const uint32_t* also, float* C,
                                   int64_t batch, int64_t rows, int64_t columns,
                                   cudaStream_t stream) {
-  // Rarely more than a question: few CTAs.
-  correct_kernel<<<merge_grid(batch, rows, columns, 128), dim3(kMergeThreadsX, kMergeThreadsY), 0,
-                   stream>>>(largest, also, C, rows, columns);
+  constexpr int kThreads = 1024;
+  const int64_t size = rows * columns;
+  const dim3 grid(static_cast<unsigned>(rare_blocks(batch, ceil_div(size, kThreads))),
+                  static_cast<unsigned>(batch));
+  correct_kernel<<<grid, kThreads, 0, stream>>>(largest, also, C, size);
   return cudaGetLastError();
 }
 

@@ -12,6 +12,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+
 #include "launch.cuh"
 #include "widen.cuh"
 
@@ -156,6 +158,12 @@ static __global__ void __launch_bounds__(kSplitThreads)
   }
 }
 
+// CTAs a matrix for what is rarely more than a question: few over a batch, because beside products
+// each waits for room.
+inline int64_t rare_blocks(int64_t batch, int64_t most) {
+  return std::min(ceil_div(32, batch), most);
+}
+
 // Threads of a CTA across the columns: a power of two, so that warps read whole rows.
 inline dim3 split_threads(int64_t columns) {
   unsigned across = 1;
@@ -170,9 +178,10 @@ inline cudaError_t launch_split(const float* X, const float* scale, uint32_t* la
                                 int64_t columns, PieceLayout layout, uint32_t seed,
                                 cudaStream_t stream) {
   const dim3 threads = split_threads(columns);
-  // Eight rows a thread keep enough loads in flight; a repetition is rare, and mostly only asks.
-  const int64_t rows_a_block = threads.y * (kScaling == Scaling::kAgain ? 128 : 8);
-  const dim3 grid(static_cast<unsigned>(ceil_div(rows, rows_a_block)),
+  // Eight rows a thread keep enough loads in flight; a repetition mostly only asks.
+  const int64_t blocks = ceil_div(rows, threads.y * 8);
+  const int64_t chunks = kScaling == Scaling::kAgain ? rare_blocks(batch, blocks) : blocks;
+  const dim3 grid(static_cast<unsigned>(chunks),
                   static_cast<unsigned>(ceil_div(padded_columns(columns), kSplitWidth * threads.x)),
                   static_cast<unsigned>(batch));
   const bool aligned =

@@ -4,6 +4,7 @@
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -57,3 +58,10 @@ def test_what_counts_as_clean(row: dict, is_clean: bool, monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "path", [*sys.path])  # the script adds to it
     code = runpy.run_path(str(ROOT / "scripts" / "sanitize.py"))
     assert code["is_clean"](row) is is_clean
+
+
+def test_gpu_tests_that_are_sanitized_exist() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only"]
+    names = runpy.run_path(str(ROOT / "scripts" / "sanitize.py"))["TESTS"]
+    done = subprocess.run([*command, *names], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
