@@ -20,7 +20,8 @@ ENOUGH = 0.65
 # With a Gram matrix a degree more costs a tenth of another cycle, which would be made with weights.
 _AIM_GRAM = 0.3
 # On a GPU a batch goes on as a whole while at least this share of it is not done: to leave the rest
-# out means to copy the weights, which costs as much as two products and needs memory.
+# out means to copy the weights of those that go on, which costs as much as two products and needs
+# memory.
 _STAYS_WHOLE = 0.25
 # Where a block holds all there is, its last Ritz value is rounding and may be zero: the damped
 # interval ends at this share of the first one at least.
@@ -84,8 +85,9 @@ def next_cycles(
         gram_rounding: what rounding its Gram matrix to one piece mixes into a direction of each;
             0 for products with weights.
         is_look: whether a look saw it, rather than a glance.
-        together: give all the same degree, unless few are left: on a GPU products cost little, and
-            small eigenproblems the same for a few matrices as for many.
+        together: give all the same degree, unless few are left, and those only after a look: on a
+            GPU products cost little, and small eigenproblems the same for a few matrices as for
+            many.
     """
     # After a glance two degrees more cost less than a look too early.
     enough = (ENOUGH if is_look else _AIM) * tol
@@ -104,8 +106,11 @@ def next_cycles(
     if together:
         going_on = sum(total > 0 for total, _ in degrees)
         longest = max(total for total, _ in degrees), max(fine for _, fine in degrees)
-        all_go_on = going_on > _STAYS_WHOLE * len(degrees)
-        degrees = [longest if all_go_on or total > 0 else (0, 0) for total, _ in degrees]
+        if going_on > _STAYS_WHOLE * len(degrees):
+            degrees = [longest] * len(degrees)
+        else:
+            # After a glance the few others come along to the look, which then tells them apart.
+            degrees = [longest if total > 0 and is_look else (0, 0) for total, _ in degrees]
     cycles = []
     for x, (total, fine) in zip(matrices, degrees, strict=True):
         end = max(x.end, LEAST_END * x.first, 1e-30)

@@ -66,8 +66,10 @@ def test_together_all_take_the_longest_unless_few_are_left() -> None:
     matrices = [seen(0.1), seen(0.01), seen(0.1 * TOL)]
     assert len(batches(cycles(*matrices, together=True))) == 1
     few = [seen(0.1), *[seen(0.1 * TOL)] * 4]
-    found = batches(cycles(*few, together=True))
+    found = batches(cycles(*few, together=True, is_look=True))
     assert sorted(found.values()) == [[0], [1, 2, 3, 4]]
+    # A glance sends them all to the look: to leave any out is to copy the weights of the others.
+    assert batches(cycles(*few, together=True)) == {(0, 0): [0, 1, 2, 3, 4]}
 
 
 def test_cut_and_clamp() -> None:
