@@ -3,11 +3,12 @@
 // is diagonal. sm_80 and newer; angles in float32, products on tensor cores.
 //
 // A matrix is cut into blocks of 32. A round pairs the blocks off; each pair's 64 x 64 submatrix is
-// rotated in registers by one CTA (32 steps of 32 rotations that do not meet), and the
-// collected rotations are applied to the rest of H and to V as 64 x 64 products. A sweep is every
-// pair once. Nearly diagonal matrices need two to four sweeps, any other eight or nine at 256 to
-// 512 columns; clusters of eigenvalues do no harm. Convergence is judged on the device: what a
-// matrix that has settled still gets launched returns at once.
+// rotated in registers by one CTA (32 steps of 32 rotations that do not meet), and the collected
+// rotations are applied to the rest of H and to V as 64 x 64 products. A sweep is every pair once.
+// Nearly diagonal matrices need two to four sweeps, any other eight to eleven at 256 to 512
+// columns; eigenvalues that are repeated many times over take all that are allowed, and are right.
+// Convergence is judged on the device: what a matrix that has settled still gets launched returns
+// at once.
 //
 // Source: Golub, Van Loan, Matrix Computations, 8.5 (block Jacobi, parallel orderings).
 #pragma once

@@ -9,7 +9,8 @@
 namespace lorax {
 
 constexpr int kJacobiBlock = kTile / 2;
-// A matrix of NaN never settles; finite ones did after at most ten sweeps.
+// A matrix of NaN never settles, nor do eigenvalues repeated many times over; others did after at
+// most seventeen sweeps.
 constexpr int kMaxSweeps = 20;
 // Off-diagonal elements under this share of the largest element, over the extent, count as zero:
 // together they then move eigenvalues by less than float32 sums do.
