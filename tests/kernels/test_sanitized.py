@@ -14,6 +14,13 @@ from sanitize.build import CSRC, FLAGS, SOURCES, run
 ROOT = CSRC.parent
 
 
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """What scripts/sanitize.py defines."""
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the script adds to it
+    return runpy.run_path(str(ROOT / "scripts" / "sanitize.py"))
+
+
 def test_program_compiles(tmp_path: Path) -> None:
     """As one file and without code for the device: what the kernels become is tested elsewhere."""
     nvcc = shutil.which("nvcc")
@@ -53,15 +60,12 @@ def test_program_calls_every_launcher() -> None:
         *["program", "warnings", "a check fails", "not run"],
     ],
 )
-def test_what_counts_as_clean(row: dict, is_clean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_counts_as_clean(row: dict, is_clean: bool, script: dict) -> None:
     """Nothing found in nothing that ran is no result."""
-    monkeypatch.setattr(sys, "path", [*sys.path])  # the script adds to it
-    code = runpy.run_path(str(ROOT / "scripts" / "sanitize.py"))
-    assert code["is_clean"](row) is is_clean
+    assert script["is_clean"](row) is is_clean
 
 
-def test_gpu_tests_that_are_sanitized_exist() -> None:
+def test_gpu_tests_that_are_sanitized_exist(script: dict) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only"]
-    names = runpy.run_path(str(ROOT / "scripts" / "sanitize.py"))["TESTS"]
-    done = subprocess.run([*command, *names], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*command, *script["TESTS"]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
