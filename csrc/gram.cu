@@ -62,11 +62,7 @@ void gram_exact_factors(const at::Tensor& X, at::Tensor& G) {
 void gram_pieces(const at::Tensor& X, at::Tensor& G) {
   const at::Tensor kept = X.contiguous();
   const ColumnScales scales = column_scales(kept, 0.f);
-  const at::Tensor T = piece_products(column_pieces(kept, scales.scale, 0));
-  C10_CUDA_CHECK(launch_combine(T.const_data_ptr<float>(), scales.scale.const_data_ptr<float>(),
-                                scales.square.const_data_ptr<float>(), G.mutable_data_ptr<float>(),
-                                nullptr, X.size(0), X.size(2), X.size(2),
-                                c10::cuda::getCurrentCUDAStream()));
+  gram_from_pieces(column_pieces(kept, scales.scale, 0), scales, G, nullptr);
 }
 
 // The float32 strip of a Gram matrix lives in scratch memory of about this size, for some matrices

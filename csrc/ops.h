@@ -10,6 +10,7 @@
 namespace lorax {
 
 at::Tensor thin_matmul(const at::Tensor& W, const at::Tensor& X, bool transpose, int64_t pieces);
+at::Tensor normal_matmul(const at::Tensor& W, const at::Tensor& X, bool transpose);
 at::Tensor gram(const at::Tensor& X, at::ScalarType dtype);
 at::Tensor gram_halves(const at::Tensor& X);
 at::Tensor orthonormalize(const at::Tensor& X, bool quick);
@@ -19,7 +20,7 @@ at::Tensor cholesky_qr(const at::Tensor& X);
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> ritz(const at::Tensor& Q,
                                                                 const at::Tensor& B,
                                                                 int64_t wanted);
-at::Tensor stack_halves(at::TensorList matrices, at::IntArrayRef exponents);
+std::tuple<at::Tensor, at::Tensor> stack_halves(at::TensorList matrices, at::IntArrayRef exponents);
 at::Tensor shift(const at::Tensor& Z, const at::Tensor& X, const at::Tensor& a,
                  const at::Tensor& s);
 std::vector<at::Tensor> project(at::TensorList blocks, at::TensorList read, at::TensorList write);

@@ -77,13 +77,7 @@ at::Tensor make_pass(const at::Tensor& X, float dead, uint32_t seed, bool ask, P
   const Pieces pieces = column_pieces(X, scales.scale, seed);
   at::Tensor G = at::empty({batch, extent, extent}, options);
   at::Tensor normalizer = at::empty({batch, columns}, options);
-  {
-    const at::Tensor T = piece_products(pieces);
-    C10_CUDA_CHECK(launch_combine(T.const_data_ptr<float>(), scales.scale.const_data_ptr<float>(),
-                                  scales.square.const_data_ptr<float>(),
-                                  G.mutable_data_ptr<float>(), normalizer.mutable_data_ptr<float>(),
-                                  batch, columns, extent, stream));
-  }
+  gram_from_pieces(pieces, scales, G, normalizer.mutable_data_ptr<float>());
   {
     const at::Tensor steps = at::empty({batch, step_elements(extent)}, options);
     C10_CUDA_CHECK(
@@ -107,11 +101,8 @@ at::Tensor make_pass(const at::Tensor& X, float dead, uint32_t seed, bool ask, P
   multiply_pieces(pieces, stack, std::ldexp(1.0, -kPieceExponent - kTriangleExponent),
                   last ? 1.0 : 0.0, Q);
   if (kind == Pass::kQuick) {
-    const ColumnScales found = column_scales(Q, 0.f);
-    C10_CUDA_CHECK(
-        launch_mend_columns(G.const_data_ptr<float>(), found.scale.const_data_ptr<float>(),
-                            found.square.const_data_ptr<float>(), Q.mutable_data_ptr<float>(),
-                            batch, rows, columns, extent, seed + 1, stream));
+    C10_CUDA_CHECK(launch_mend_columns(G.const_data_ptr<float>(), Q.mutable_data_ptr<float>(),
+                                       batch, rows, columns, extent, seed + 1, stream));
   }
   return Q;
 }

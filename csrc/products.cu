@@ -8,14 +8,19 @@
 #include <algorithm>
 
 #include "checks.h"
-#include "kernels/columns.cuh"
+#include "kernels/symmetric.cuh"
 #include "products.h"
 
 namespace lorax {
 namespace {
 
-// Rows that tensor cores sum before ordinary arithmetic takes over.
+// Rows that tensor cores, which truncate their running sums, add up before ordinary arithmetic
+// takes over.
 constexpr int64_t kSumRows = 512;
+
+// Gram matrices of parts of the rows live in scratch memory of about this size, for some blocks at
+// a time.
+constexpr int64_t kScratchBytes = int64_t{256} << 20;
 
 }  // namespace
 
@@ -71,14 +76,12 @@ namespace {
 at::Tensor split_halves(const at::Tensor& X, __half* to, int count, PieceLayout layout) {
   const int64_t batch = X.size(0), rows = X.size(1), columns = X.size(2);
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const float* x = X.const_data_ptr<float>();
-  at::Tensor largest = at::zeros({batch}, X.options().dtype(at::kInt));
+  at::Tensor largest = at::zeros({2, batch}, X.options().dtype(at::kInt));
   auto* bits = reinterpret_cast<uint32_t*>(largest.mutable_data_ptr<int32_t>());
-  C10_CUDA_CHECK((launch_split<__half, Scaling::kBlock>(x, nullptr, bits, to, count, batch, rows,
-                                                        columns, layout, 0, stream)));
-  C10_CUDA_CHECK((launch_split<__half, Scaling::kAgain>(x, nullptr, bits, to, count, batch, rows,
-                                                        columns, layout, 0, stream)));
-  return largest;
+  C10_CUDA_CHECK(
+      (launch_split<__half, Scaling::kBlock>(X.const_data_ptr<float>(), nullptr, bits, to, count,
+                                             batch, rows, columns, layout, 0, stream)));
+  return largest.select(0, 0);
 }
 
 }  // namespace
@@ -135,12 +138,57 @@ Pieces column_pieces(const at::Tensor& X, const at::Tensor& scale, uint32_t seed
   return pieces;
 }
 
-at::Tensor piece_products(const Pieces& pieces) {
-  const int64_t batch = pieces.data.size(0), padded = pieces.padded();
-  at::Tensor T = at::empty({batch, padded, 2 * padded}, pieces.data.options().dtype(at::kFloat));
-  multiply_blocks(at::kHalf, batch, padded, 2 * padded, pieces.rows(), pieces.piece(0),
-                  pieces.piece(0), T.mutable_data_ptr<float>(), 2 * padded, padded * 2 * padded);
-  return T;
+namespace {
+
+// The fewest equal parts of at most kSumRows rows each; 0 where that takes about twice as many as
+// unequal ones.
+int64_t equal_parts(int64_t rows) {
+  const int64_t least = ceil_div(rows, kSumRows);
+  for (int64_t parts = least; parts <= 2 * least + 2; ++parts) {
+    if (rows % parts == 0) return parts;
+  }
+  return 0;
+}
+
+}  // namespace
+
+void gram_from_pieces(const Pieces& pieces, const ColumnScales& scales, at::Tensor& G,
+                      float* normalizer) {
+  const int64_t batch = pieces.data.size(0), rows = pieces.rows(), padded = pieces.padded();
+  const int64_t columns = scales.scale.size(1), extent = G.size(1), size = padded * 2 * padded;
+  // [P_0^T P_0 | P_0^T P_1] of equal parts of the rows is one product for all: blocks are
+  // contiguous, so that parts are matrices of a longer batch. Added up one after the other, as
+  // multiply_blocks does, each waits for the one before, and none fills the device.
+  const int64_t equal = equal_parts(rows);
+  const bool is_one = equal > 0 && equal * size * 4 <= kScratchBytes;
+  const int64_t parts = is_one ? equal : 1;
+  const int64_t most = std::min(kScratchBytes / (parts * size * 4), kMaxGridYZ / parts);
+  const int64_t step = std::clamp<int64_t>(most, 1, batch);
+  const at::Tensor scratch = at::empty({step, parts, padded, 2 * padded}, G.options());
+  auto* T = scratch.mutable_data_ptr<float>();
+  auto* to = G.mutable_data_ptr<float>();
+  const float* scale = scales.scale.const_data_ptr<float>();
+  const float* square = scales.square.const_data_ptr<float>();
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const Operand all = pieces.piece(0);
+  for (int64_t start = 0; start < batch; start += step) {
+    const int64_t some = std::min(step, batch - start);
+    Operand block = all;
+    block.data = static_cast<const uint16_t*>(all.data) + start * all.batch_stride;
+    if (is_one) {
+      block.batch_stride = rows / parts * all.row_stride;
+      Operand left = block;
+      left.transposed = true;
+      multiply(at::kHalf, some * parts, padded, 2 * padded, rows / parts, 1.0, left, block, 0.0, T,
+               2 * padded, size);
+    } else {
+      multiply_blocks(at::kHalf, some, padded, 2 * padded, rows, block, block, T, 2 * padded, size);
+    }
+    const int64_t first = start * columns;
+    C10_CUDA_CHECK(launch_combine(T, scale + first, square + first, to + start * extent * extent,
+                                  normalizer == nullptr ? nullptr : normalizer + first, some,
+                                  columns, extent, static_cast<int>(parts), stream));
+  }
 }
 
 void multiply_pieces(const Pieces& pieces, const at::Tensor& stack, double alpha, double beta,

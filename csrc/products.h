@@ -70,8 +70,11 @@ ColumnScales column_scales(const at::Tensor& X, float dead);
 // X (b, n, l) float32 times its scales as two float16 pieces; columns of scale 0 become noise.
 Pieces column_pieces(const at::Tensor& X, const at::Tensor& scale, uint32_t seed);
 
-// [P_0^T P_0 | P_0^T P_1] of two pieces, unscaled: (b, padded l, 2 padded l) float32.
-at::Tensor piece_products(const Pieces& pieces);
+// G (b, extent, extent) float32 = X^T X from the two pieces of X's scaled columns, in tensor-core
+// sums of at most 512 rows; see combine_kernel. `normalizer` (b, l): G gets a unit diagonal and may
+// be wider than l; null: extent is l.
+void gram_from_pieces(const Pieces& pieces, const ColumnScales& scales, at::Tensor& G,
+                      float* normalizer);
 
 // C (b, n, k) = alpha (P_0 + P_1)(R_0 + R_1) + beta C without the product of the second pieces,
 // from two pieces and a stack [R_1; R_0] (b, 2, padded l, padded k).

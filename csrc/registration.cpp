@@ -6,6 +6,7 @@
 
 TORCH_LIBRARY_IMPL(lorax_kernels, CUDA, m) {
   m.impl("thin_matmul", TORCH_FN(lorax::thin_matmul));
+  m.impl("normal_matmul", TORCH_FN(lorax::normal_matmul));
   m.impl("gram", TORCH_FN(lorax::gram));
   m.impl("gram_halves", TORCH_FN(lorax::gram_halves));
   m.impl("orthonormalize", TORCH_FN(lorax::orthonormalize));

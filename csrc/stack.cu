@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weights scaled by powers of two and stacked as float16.
+// Weights scaled by powers of two and stacked as float16, and their largest magnitudes.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <cmath>
+#include <tuple>
 #include <vector>
 
 #include "checks.h"
@@ -21,7 +23,8 @@ constexpr int64_t kScratchBytes = int64_t{256} << 20;
 
 }  // namespace
 
-at::Tensor stack_halves(at::TensorList matrices, at::IntArrayRef exponents) {
+std::tuple<at::Tensor, at::Tensor> stack_halves(at::TensorList matrices,
+                                                at::IntArrayRef exponents) {
   TORCH_CHECK_VALUE(!matrices.empty() && matrices.size() == exponents.size(),
                     "there must be a matrix, and an exponent for each, got ", matrices.size(),
                     " and ", exponents.size());
@@ -43,8 +46,10 @@ at::Tensor stack_halves(at::TensorList matrices, at::IntArrayRef exponents) {
   at::Tensor stacked =
       at::empty({static_cast<int64_t>(matrices.size()), first.size(0), first.size(1)},
                 first.options().dtype(at::kHalf).memory_format(at::MemoryFormat::Contiguous));
-  if (stacked.numel() == 0) return stacked;
+  at::Tensor largest = at::zeros({stacked.size(0)}, first.options().dtype(at::kFloat));
+  if (stacked.numel() == 0) return {stacked, largest};
   auto* to = reinterpret_cast<__half*>(stacked.mutable_data_ptr<at::Half>());
+  auto* bits = reinterpret_cast<uint32_t*>(largest.mutable_data_ptr<float>());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const auto launch =
       type == at::kHalf ? launch_stack_halves<__half> : launch_stack_halves<__nv_bfloat16>;
@@ -61,14 +66,15 @@ at::Tensor stack_halves(at::TensorList matrices, at::IntArrayRef exponents) {
     entries.push_back(
         {M.const_data_ptr(), std::ldexp(1.f, half), std::ldexp(1.f, exponent - half)});
     if (copied < kScratchBytes && i + 1 < matrices.size()) continue;
-    C10_CUDA_CHECK(launch(entries, to, first.numel(), stream));
+    C10_CUDA_CHECK(launch(entries, to, bits, first.numel(), stream));
     to += static_cast<int64_t>(entries.size()) * first.numel();
+    bits += entries.size();
     // Their memory goes back to a stream-ordered allocator while the launch is queued.
     entries.clear();
     copies.clear();
     copied = 0;
   }
-  return stacked;
+  return {stacked, largest};
 }
 
 }  // namespace lorax

@@ -8,6 +8,7 @@ import torch
 
 from . import ops
 from ._planning import Plan
+from .ops.stack_halves import magnitudes
 
 # Matrices that one call of a compiled op takes: the second and third sides of a grid end there.
 _MOST = 65535
@@ -16,6 +17,10 @@ _SAFE = (1e-8, 1e8)
 # Largest entry in float16: products with orthonormal blocks are then of order one, and entries down
 # to 2^-15 of the largest keep all the digits of a bfloat16.
 _HALF_EXPONENT = -2
+# It is guessed from so many leading entries, some percent of a matrix of a large model: to read all
+# of them first would take as long as to convert them. The guess aims one power of two lower, so
+# that entries up to twice as large may follow.
+_SAMPLE = 1 << 18
 
 
 def check(index: int, matrix: object, rank: int | None) -> None:
@@ -83,44 +88,92 @@ def stack(
     Raises:
         ValueError: a matrix holds NaN or Inf.
     """
-    first = matrices[chunk[0]]
-    largest = _largest([matrices[i] for i in chunk])
-    if not bool(largest.isfinite().all()):
-        bad = chunk[int((~largest.isfinite()).nonzero()[0])]
-        raise ValueError(f"matrix {bad} holds NaN or Inf; no SVD exists")
+    some = [matrices[i] for i in chunk]
+    first = some[0]
+    if halves and first.dtype.itemsize == 2:
+        return _stack_halves(some, chunk, backend)
+    largest = magnitudes(some).double()
+    _check_finite(largest.tolist(), chunk)
     exponent = largest.clamp_min(1e-300).log2().floor()
     if halves:
         shift = torch.where(largest > 0, exponent - _HALF_EXPONENT, 0.0)
     else:
         unsafe = ((largest < _SAFE[0]) | (largest > _SAFE[1])) & (largest > 0)
         shift = torch.where(unsafe, exponent, 0.0)
-    if exact and first.dtype == torch.float64:
-        working = torch.float64
-    else:
-        working = torch.float16 if halves and first.dtype.itemsize == 2 else torch.float32
+    working = torch.float64 if exact and first.dtype == torch.float64 else torch.float32
     shifts = shift.tolist()
-    if working == torch.float16 and (len(chunk) > 1 or shifts[0] != 0 or first.dtype != working):
-        exponents = [-int(power) for power in shifts]
-        some = [matrices[i] for i in chunk]
-        return ops.stack_halves(some, exponents, backend=backend), torch.exp2(shift)
     if len(chunk) == 1 and shifts[0] == 0:
         return first[None].to(working), torch.ones_like(shift)
     stacked = torch.empty(len(chunk), *first.shape, dtype=working, device=first.device)
     wide = torch.promote_types(first.dtype, working)
-    for row, i, power in zip(stacked, chunk, shifts, strict=True):
+    for row, matrix, power in zip(stacked, some, shifts, strict=True):
         if power == 0:
-            row.copy_(matrices[i])
+            row.copy_(matrix)
         else:
             # In two steps: a power that brings 1e-38 to 1 is itself out of float32's range.
             half = power // 2
-            row.copy_(matrices[i].to(wide) * 2.0**-half * 2.0 ** (half - power))
+            row.copy_(matrix.to(wide) * 2.0**-half * 2.0 ** (half - power))
     return stacked, torch.exp2(shift)
 
 
-def _largest(matrices: list[torch.Tensor]) -> torch.Tensor:
-    """Largest magnitude of each, `(b,)` in float64; NaN where there is one."""
-    if matrices[0].is_cuda:
-        # One launch for many.
-        return torch.stack(torch._foreach_norm(matrices, float("inf"))).double()
-    extremes = [torch.aminmax(matrix) for matrix in matrices]
-    return torch.stack([torch.maximum(-e.min, e.max) for e in extremes]).double()
+def _stack_halves(
+    matrices: list[torch.Tensor], chunk: list[int], backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `stack` returns of 16-bit weights for tensor cores.
+
+    They are scaled by what a sample says, and again if what was found on the way contradicts it.
+    """
+    first = matrices[0]
+    # Only a float16 matrix by itself may need no copy at all, which is worth the full look.
+    is_alone = len(matrices) == 1 and first.dtype == torch.float16
+    seen = magnitudes(matrices if is_alone else [_sample(matrix) for matrix in matrices]).tolist()
+    if is_alone:
+        exponents = [_half_exponent(seen[0])]
+        if exponents == [0]:
+            _check_finite(seen, chunk)
+            return first[None], _factors(exponents, first.device)
+    else:
+        exponents = [_half_exponent(x, spare=1) for x in seen]
+    stacked, largest = ops.stack_halves(matrices, exponents, backend=backend)
+    found = largest.tolist()
+    _check_finite(found, chunk)
+    wrong = [
+        i
+        for i, (x, exponent) in enumerate(zip(found, exponents, strict=True))
+        if x != 0 and not 0 <= _half_exponent(x) - exponent <= 1
+    ]
+    if wrong:
+        for i in wrong:
+            exponents[i] = _half_exponent(found[i])
+        again = [matrices[i] for i in wrong], [exponents[i] for i in wrong]
+        stacked[wrong], _ = ops.stack_halves(*again, backend=backend)
+    return stacked, _factors(exponents, first.device)
+
+
+def _sample(matrix: torch.Tensor) -> torch.Tensor:
+    """Leading rows of a matrix, or columns where those lie contiguous."""
+    rows = matrix if matrix.stride(0) >= matrix.stride(1) else matrix.mT
+    return rows[: -(-_SAMPLE // rows.shape[1])]
+
+
+def _half_exponent(largest: float, spare: int = 0) -> int:
+    """The power of two that brings an entry into [1/4, 1/2), or `spare` powers lower.
+
+    0 for what none does.
+    """
+    if largest == 0 or not math.isfinite(largest):
+        return 0
+    return _HALF_EXPONENT + 1 - spare - math.frexp(largest)[1]
+
+
+def _factors(exponents: list[int], device: torch.device) -> torch.Tensor:
+    """What multiplying by these powers of two divided singular values by, `(b,)` in float64."""
+    factors = [2.0**-exponent for exponent in exponents]
+    return torch.tensor(factors, dtype=torch.float64, device=device)
+
+
+def _check_finite(largest: list[float], chunk: list[int]) -> None:
+    """Raises ValueError for the first matrix whose largest magnitude is NaN or Inf."""
+    for i, x in zip(chunk, largest, strict=True):
+        if not math.isfinite(x):
+            raise ValueError(f"matrix {i} holds NaN or Inf; no SVD exists")

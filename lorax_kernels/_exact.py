@@ -10,7 +10,7 @@ from dataclasses import fields
 
 import torch
 
-from . import _signs, ops
+from . import ops
 from ._estimates import rounding_error
 from ._subspace import Triplets
 
@@ -57,7 +57,7 @@ def _from_gram(
         Y = ops.thin_matmul(W, V, transpose=flipped, pieces=3, backend=backend)
     del R
     S = torch.linalg.vector_norm(Y, dim=1).cummin(dim=1).values
-    U = _signs.like(ops.orthonormalize(Y, backend=backend), Y)
+    U = ops.orthonormalize(Y, backend=backend)
     eps = torch.finfo(torch.float32).eps
     error = rounding_error(theta, k, max(W.shape[1:]), dtype).clamp_min(eps)
     if dtype == torch.float32:

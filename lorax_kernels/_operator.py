@@ -127,13 +127,16 @@ class Operator:
         """`A X`; with one piece to the accuracy that a filter step needs."""
         if self.G is not None:
             return self.G.times(X, False, pieces, self.backend)
+        first = self.W.parts[0]
+        if pieces == 1 and first.dtype == torch.float16:
+            return ops.normal_matmul(first, X, transpose=self.flipped, backend=self.backend)
         return self.backward(self.forward(X, pieces), pieces)
 
-    def inner(self, Q: torch.Tensor, Z: torch.Tensor) -> torch.Tensor:
-        """`Q^T Z` of orthonormal `Q`, to what steering needs: 2e-6 of the length of a column."""
+    def inner(self, Q: torch.Tensor, Z: torch.Tensor, pieces: int = 2) -> torch.Tensor:
+        """`Q^T Z` of orthonormal `Q`; in two pieces to 2e-6 of the length of a column."""
         if self.rounding == 0:
             return torch.bmm(Q.mT, Z)
-        return ops.thin_matmul(Q.half(), Z, transpose=True, backend=self.backend)
+        return ops.thin_matmul(Q.half(), Z, transpose=True, pieces=pieces, backend=self.backend)
 
     def __getitem__(self, index: torch.Tensor) -> "Operator":
         """The operators of the matrices that `index` names."""

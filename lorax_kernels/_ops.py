@@ -52,6 +52,20 @@ def _thin_matmul_fake(
     return X.new_empty(W.shape[0], W.shape[2 if transpose else 1], X.shape[2])
 
 
+def check_normal_matmul(W: torch.Tensor, X: torch.Tensor, transpose: bool) -> None:
+    """Raises ValueError or TypeError unless `normal_matmul` can take these arguments."""
+    if W.dtype != torch.float16:
+        raise TypeError(
+            f"W must be float16, got {W.dtype}; use thin_matmul twice for other weights"
+        )
+    check_thin_matmul(W, X, transpose, 1)
+
+
+def _normal_matmul_fake(W: torch.Tensor, X: torch.Tensor, transpose: bool) -> torch.Tensor:
+    check_normal_matmul(W, X, transpose)
+    return torch.empty_like(X, memory_format=torch.contiguous_format)
+
+
 def check_gram(X: torch.Tensor, dtype: torch.dtype) -> None:
     """Raises ValueError or TypeError unless `gram` can take these arguments."""
     _block("X", X, (*WEIGHT_DTYPES, torch.float64))
@@ -183,9 +197,13 @@ def check_stack_halves(matrices: Sequence[torch.Tensor], exponents: Sequence[int
             raise ValueError(f"exponents must be from -200 to 200, got {exponent}")
 
 
-def _stack_halves_fake(matrices: Sequence[torch.Tensor], exponents: Sequence[int]) -> torch.Tensor:
+def _stack_halves_fake(
+    matrices: Sequence[torch.Tensor], exponents: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     check_stack_halves(matrices, exponents)
-    return matrices[0].new_empty(len(matrices), *matrices[0].shape, dtype=torch.float16)
+    first, b = matrices[0], len(matrices)
+    stacked = first.new_empty(b, *first.shape, dtype=torch.float16)
+    return stacked, first.new_empty(b, dtype=torch.float32)
 
 
 def _is_basis(X: torch.Tensor) -> bool:
@@ -239,6 +257,7 @@ _define(
     "(Tensor W, Tensor X, bool transpose, int pieces) -> Tensor",
     _thin_matmul_fake,
 )
+_define("normal_matmul", "(Tensor W, Tensor X, bool transpose) -> Tensor", _normal_matmul_fake)
 _define("gram", "(Tensor X, ScalarType dtype) -> Tensor", _gram_fake)
 _define("gram_halves", "(Tensor X) -> Tensor", _gram_halves_fake)
 _define("orthonormalize", "(Tensor X, bool quick) -> Tensor", _orthonormalize_fake)
@@ -248,4 +267,8 @@ _define("symmetric_eigh", "(Tensor H) -> (Tensor, Tensor)", _symmetric_eigh_fake
 _define("rotate", "(Tensor X, Tensor R) -> Tensor", _rotate_fake)
 _define("shift", "(Tensor Z, Tensor X, Tensor a, Tensor s) -> Tensor", _shift_fake)
 _define("project", "(Tensor[] blocks, Tensor[] read, Tensor[] write) -> Tensor[]", _project_fake)
-_define("stack_halves", "(Tensor[] matrices, int[] exponents) -> Tensor", _stack_halves_fake)
+_define(
+    "stack_halves",
+    "(Tensor[] matrices, int[] exponents) -> (Tensor, Tensor)",
+    _stack_halves_fake,
+)

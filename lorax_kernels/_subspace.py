@@ -17,10 +17,11 @@ for shifts between orthonormalisations. The error estimate is first-order pertur
 import functools
 import math
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
-from . import _backends, _signs, ops
+from . import _backends, ops
 from ._estimates import outside_error, residual_error
 from ._operator import Operator, Stack
 from ._steering import ENOUGH, LEAST_END, SHORT_CYCLES, Cycle, Facts, batches, next_cycles
@@ -87,10 +88,11 @@ class _Ritz:
     """What a block holds, for a stack."""
 
     is_look: bool  # or else a glance
-    Q: torch.Tensor  # (b, n, l) Ritz vectors, or after a glance the block itself
+    Q: torch.Tensor  # (b, n, l) Ritz vectors, or the block itself where R is yet to be applied
     Y: torch.Tensor | None  # (b, m, l) W Q; None after a glance that a look cannot follow at once
-    Z: torch.Tensor  # (b, n, l) A Q
-    rho: torch.Tensor | None  # (b, n, l) residuals of a glance that a look can follow
+    Z: torch.Tensor | None  # (b, n, l) A Q; None where R is yet to be applied
+    rho: torch.Tensor | None  # (b, n, l) residuals A Q - Q theta, where they were kept
+    R: torch.Tensor | None  # (b, l, l) turns Q and Y into Ritz vectors, where that was put off
     quotients: torch.Tensor  # (b, l) Rayleigh quotients of A, column by column
     theta: torch.Tensor  # (b, l) the same in descending order: Ritz values, or near them
     error: torch.Tensor  # (b,) estimated projector error of the leading k
@@ -114,40 +116,64 @@ class _Ritz:
 
     def __getitem__(self, index: torch.Tensor) -> "_Ritz":
         """The entries of the stack that `index` names."""
-        Y = None if self.Y is None else self.Y[index]
-        rho = None if self.rho is None else self.rho[index]
-        values = (self.quotients, self.theta, self.error, self.planned, self.mixed)
-        some = (value[index] for value in values)
-        return _Ritz(self.is_look, self.Q[index], Y, self.Z[index], rho, *some)
+        values = [getattr(self, f.name) for f in fields(self)[1:]]
+        some: list[Any] = [None if value is None else value[index] for value in values]
+        return _Ritz(self.is_look, *some)
+
+    def block(self, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block and product with `A` for a filter to start from."""
+        if self.R is None:
+            assert self.Z is not None
+            return self.Q, self.Z
+        assert self.rho is not None
+        Q = ops.rotate(self.Q, self.R, backend=backend)
+        return Q, torch.addcmul(self.rho, Q, self.theta.float()[:, None])
+
+    def leading(self, k: int, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `k` Ritz vectors and their products with `W`."""
+        assert self.Y is not None
+        if self.R is None:
+            return self.Q[:, :, :k].contiguous(), self.Y[:, :, :k].contiguous()
+        R = self.R[:, :, :k].contiguous()
+        return ops.rotate(self.Q, R, backend=backend), ops.rotate(self.Y, R, backend=backend)
 
 
-def _glance(A: Operator, Q: torch.Tensor, k: int, known: int, is_hopeful: bool) -> _Ritz:
+def _glance(
+    A: Operator, Q: torch.Tensor, k: int, known: int, *, is_hopeful: bool, is_first: bool
+) -> _Ritz:
     """What steers a cycle, without an eigenproblem: Rayleigh quotients for Ritz values.
 
     The columns of an orthonormalised block are in the order of what they hold, nearly, so that the
     quotients are near the Ritz values. Of a block that is still nearly random the least of them is
     the better place to end the damped interval: the least Ritz value is low by a factor of two.
 
-    With `is_hopeful` the products are those of a look, which can go on from here.
+    With `is_hopeful` the products are those of a look, which can go on from here. With `is_first`
+    the block is that of a random start, whose residuals are large.
     """
-    Y = None
+    Y = rho = None
     if A.G is None and is_hopeful:
         Y = A.forward(Q, 2)
         Z = A.backward(Y, 2)
     else:
         Z = A.apply(Q, 2 if is_hopeful else 1)
-    H = A.inner(Q, Z)
-    rho = Z - ops.rotate(Q, H, backend=A.backend)
+    H = A.inner(Q, Z, 1 if is_first else 2)
     quotients = torch.diagonal(H, dim1=1, dim2=2).clamp_min(0)
     theta, order = quotients.sort(dim=1, descending=True)
-    squares = (rho * rho).sum(dim=1).gather(1, order)
+    if is_first:
+        # By Pythagoras; what cancels is little beside residuals of this size.
+        lengths = [torch.linalg.vector_norm(X, dim=1).square() for X in (Z, H)]
+        squares = (lengths[0] - lengths[1]).clamp_min(0)
+    else:
+        rho = Z - ops.rotate(Q, H, backend=A.backend)
+        squares = torch.linalg.vector_norm(rho, dim=1).square()
+    squares = squares.gather(1, order)
     # Of the columns beyond k, the last ones hold the block's end between them.
     theta[:, -1] = theta[:, -max(1, theta.shape[1] // 16) :].mean(dim=1)
     error = planned = outside_error(squares, theta, theta[:, -1:], k, A.rows)
     if known < theta.shape[1]:
         error = outside_error(squares, theta, theta[:, known - 1 : known], k, A.rows)
     values = (quotients, theta, error, planned, torch.zeros_like(planned))
-    return _Ritz(False, Q, Y, Z, None if Y is None else rho, *values)
+    return _Ritz(False, Q, Y, Z, None if Y is None else rho, None, *values)
 
 
 def _rayleigh_ritz(
@@ -155,19 +181,21 @@ def _rayleigh_ritz(
 ) -> _Ritz:
     """Singular triplets of `W` within span(Q), from two products with `W` or those of a glance."""
     backend = A.backend
-    rho = None if glance is None else glance.rho
-    Y = A.forward(Q, 2) if glance is None or glance.Y is None else glance.Y
+    Y, rho = (None, None) if glance is None else (glance.Y, glance.rho)
+    if Y is None:
+        Y = A.forward(Q, 2)
     # On a CPU float64 costs a small eigenproblem little, and it keeps a steep spectrum's end.
     dtype = torch.float64 if Q.device.type == "cpu" else torch.float32
     H = ops.gram(Y, dtype=dtype, backend=backend)
     theta, R = ops.symmetric_eigh(H, backend=backend)
     theta = theta.clamp_min(0)
-    Q = ops.rotate(Q, R, backend=backend)
-    Y = ops.rotate(Y, R, backend=backend)
+    Z = put_off = None
     if rho is not None:
-        rho = ops.rotate(rho, R, backend=backend)
-        Z = torch.addcmul(rho, Q, theta.float()[:, None])
+        # Mostly the last look, of which only the leading vectors are needed.
+        rho, put_off = ops.rotate(rho, R, backend=backend), R
     else:
+        Q = ops.rotate(Q, R, backend=backend)
+        Y = ops.rotate(Y, R, backend=backend)
         Z = A.backward(Y, 2)
         if bool((theta[:, 0] > _STEEP * theta[:, -1]).any()):
             # Rounding in Y points along the leading vectors, which the block holds: project it out.
@@ -179,7 +207,8 @@ def _rayleigh_ritz(
     within = torch.diagonal(C, dim1=1, dim2=2)[:, -1:].double().clamp_min(0).sqrt()
     end = torch.maximum(theta[:, known - 1 : known], theta[:, -1:] + within)
     error, planned, mixed = residual_error(C, theta, end, k, A.rows)
-    return _Ritz(True, Q, Y, Z, None, theta.float(), theta, error, planned.clamp_max(1), mixed)
+    values = (theta.float(), theta, error, planned.clamp_max(1), mixed)
+    return _Ritz(True, Q, Y, Z, None if put_off is None else rho, put_off, *values)
 
 
 def _next_cycles(A: Operator, ritz: _Ritz, k: int, tol: float) -> list[Cycle]:
@@ -212,7 +241,7 @@ def _filter(
     sizes = torch.maximum(ritz.quotients - shifts[:, :, None], b[:, None] / 2)
     cap, purest = (_GROWTH_CAP, 0) if A.rounding == 0 else (_GROWTH_CAP_ROUNDED, _PURE)
     pure = min(pure, purest)
-    X, Z, held = ritz.Q, ritz.Z, gain**-pure
+    (X, Z), held = ritz.block(A.backend), gain**-pure
     for j, (shift, scale) in enumerate(zip(shifts, 1 / sizes, strict=True)):
         pieces = 1 if j < coarse else 2
         if j:
@@ -225,16 +254,19 @@ def _filter(
     return ops.orthonormalize(X, backend=A.backend)
 
 
-def _finish(
-    backend: str, Q: torch.Tensor, Y: torch.Tensor, error: torch.Tensor, k: int
-) -> Triplets:
+def _finish(backend: str, ritz: _Ritz, k: int) -> Triplets:
     """Triplets of the leading `k` Ritz vectors, on the tall side as orthonormal as on the short."""
-    V, Y = Q[:, :, :k].contiguous(), Y[:, :, :k]
+    V, Y = ritz.leading(k, backend)
     S, order = torch.linalg.vector_norm(Y, dim=1).sort(dim=1, descending=True, stable=True)
     Y = Y.gather(2, order[:, None].expand_as(Y))
     V = V.gather(2, order[:, None].expand_as(V))
-    U = _signs.like(ops.orthonormalize(Y, backend=backend), Y)
-    return Triplets(U, S, V, error, torch.zeros(len(S), dtype=torch.long))
+    U = ops.orthonormalize(Y, backend=backend)
+    return Triplets(U, S, V, ritz.error, torch.zeros(len(S), dtype=torch.long))
+
+
+def _is_glance(stage: int, left: int) -> bool:
+    """Whether a stage with so many products left starts with a glance, or else with a look."""
+    return stage < _GLANCES and left >= _ENOUGH_LEFT
 
 
 def _solve(
@@ -247,6 +279,7 @@ def _solve(
     known: int,
     *,
     is_hopeful: bool = False,
+    is_quick: bool = False,
     glance: _Ritz | None = None,
 ) -> Triplets:
     """Looks at the block, filters it as far as each matrix needs, and goes on with what is left.
@@ -254,16 +287,17 @@ def _solve(
     `left` is how many products may still be made; `stage` counts the cycles made, of which the
     first ones are short and start with a glance. The first `known` columns of the block hold the
     leading directions, nearly; the others still any direction. `is_hopeful` says that the last
-    cycle should have been enough, and a `glance` at this block that it was.
+    cycle should have been enough, and a `glance` at this block that it was. With `is_quick` the
+    block is orthonormal as a glance takes it, not as a look does.
     """
     count, _, width = Q.shape
     if stage >= _GLANCES:
         # What the Gram matrix could do is done.
         A = replace(A, G=None)
-    glances = stage < _GLANCES and left >= _ENOUGH_LEFT
-    if glances:
+    if _is_glance(stage, left):
         # A first glance sees no error as small as what a rounded Gram matrix leaves; later ones do.
-        ritz = _glance(A, Q, k, known, is_hopeful or (A.G is not None and stage > 0))
+        both = is_hopeful or (A.G is not None and stage > 0)
+        ritz = _glance(A, Q, k, known, is_hopeful=both, is_first=stage == 0)
     else:
         ritz = _rayleigh_ritz(A, Q, k, known, glance)
     if known < width:
@@ -303,13 +337,14 @@ def _solve(
             now_known = known if is_random else width
             then = left + 2 - spent
             found = _solve(some, block, k, tol, then, stage + 1, now_known, is_hopeful=is_enough)
-        elif mine.is_look and mine.Y is not None:
-            found = _finish(some.backend, mine.Q, mine.Y, mine.error, k)
+        elif mine.is_look:
+            found = _finish(some.backend, mine, k)
         else:
             # Nothing to damp, by what a glance can see: a look goes on from it where it can.
             again = 2 if mine.rho is not None else 0
             spent -= again
-            found = _solve(some, mine.Q, k, tol, left + again, _GLANCES, known, glance=mine)
+            block = ops.orthonormalize(mine.Q, backend=some.backend) if is_quick else mine.Q
+            found = _solve(some, block, k, tol, left + again, _GLANCES, known, glance=mine)
         results.append((index, replace(found, passes=found.passes + spent)))
     return _merge(results, count)
 
@@ -368,9 +403,11 @@ def iterate(
     spent = 0
     if not known:
         Q, spent = A.apply(Q), 2
-    Q = ops.orthonormalize(Q, backend=backend)
     # A good start needs no short cycles. On a GPU a look too early costs more than a glance.
     stage = (_GLANCES - 1 if A.on_gpu else _GLANCES) if known else 0
-    found = _solve(A, Q, k, tol, max_passes - spent, stage, known or Q.shape[2])
+    left = max_passes - spent
+    quick = _is_glance(stage, left)
+    Q = ops.orthonormalize(Q, quick=quick, backend=backend)
+    found = _solve(A, Q, k, tol, left, stage, known or Q.shape[2], is_quick=quick)
     found = replace(found, passes=found.passes + spent)
     return replace(found, U=found.V, V=found.U) if flipped else found

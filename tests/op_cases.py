@@ -7,6 +7,8 @@ import torch
 # add a few of them; sums in float32 add about 1e-6 at the longest inner sizes here.
 PIECE_TOLERANCE = {1: 2.0**-7, 2: 2.0**-14, 3: 4e-6}
 FLOAT32_TOLERANCE = 4e-6
+# Of both products: the block and what is between them are rounded to float16, by 2^-11 at most.
+NORMAL_TOLERANCE = 2 * 2.0**-11 + FLOAT32_TOLERANCE
 ORTHONORMAL_TOLERANCE = 2e-6
 # One pass, of independent columns: the Gram matrix is right to about 1e-5, times their condition.
 QUICK_TOLERANCE = 1e-2
@@ -51,6 +53,11 @@ def awkward(X: torch.Tensor) -> torch.Tensor:
     view = base[1:].as_strided(X.shape, (2 * X.stride(0), 2 * X.stride(1), 2))
     view.copy_(X)
     return view
+
+
+def half_weights(*shape: int, device: str = "cpu") -> torch.Tensor:
+    """Float16 entries of at most 1/2 in size, as weights are scaled for tensor cores."""
+    return (torch.rand(*shape, device=device) - 0.5).half()
 
 
 def hard_blocks(n: int, l: int, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -122,3 +129,24 @@ def scaled_matrix(m: int, n: int, low: float, high: float, device: str = "cpu") 
     """A bfloat16 matrix of entries between these sizes, of either sign."""
     size = low * (high / low) ** torch.rand(m, n, device=device, dtype=torch.float64)
     return (size * torch.randn(m, n, device=device, dtype=torch.float64).sign()).bfloat16()
+
+
+STACKED_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def extremes(
+    m: int, n: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Matrices in which one entry decides the largest magnitude, and what that is, in float32."""
+    least = torch.finfo(dtype).smallest_normal / 4
+    inf, nan = float("inf"), float("nan")
+    deciding = [1.0, -3.0, 0.0, -least, inf, -inf, nan, -nan]
+    matrices = []
+    for i, entry in enumerate(deciding):
+        size = abs(entry) / 2 if abs(entry) < inf else 1.0
+        M = torch.rand(m, n, device=device) * size
+        if entry != entry:
+            M[m // 2, n // 2] = inf
+        M[-1 if i % 2 else 0, 0 if i % 2 else -1] = entry
+        matrices.append(M.to(dtype))
+    return matrices, torch.tensor(deciding, device=device).abs()

@@ -135,6 +135,25 @@ def thin_cases() -> Iterator[Case]:
                     )
 
 
+def normal_cases() -> Iterator[Case]:
+    b, n = BATCH, ROWS
+    # Entries as they are stacked for tensor cores, under 1/2.
+    W = (normal(b, n, n) / 16).clamp(-0.49, 0.49).half()
+    for l in WIDTHS:
+        X = normal(b, n, l) / n**0.5
+        for transpose in (False, True):
+            first = W[:1].double().mT if transpose else W[:1].double()
+            yield Case(
+                "normal_matmul",
+                f"{b}x{n}x{n} float16 l={l} {'W W^T' if transpose else 'W^T W'}",
+                partial(ops.normal_matmul, W, X, transpose=transpose),
+                4.0 * b * n * n * l,
+                # The weights twice: they are larger than the cache.
+                b * (4.0 * n * n + (4.0 + 2.0 + 2.0 + 4.0) * n * l),
+                partial(relative, first.mT @ (first @ X[:1].double())),
+            )
+
+
 def block_cases() -> Iterator[Case]:
     b, n = BATCH, ROWS
     for l in WIDTHS:
@@ -219,7 +238,7 @@ def weight_cases() -> Iterator[Case]:
             partial(ops.stack_halves, matrices, exponents),
             0.0,
             4.0 * b * m * n,
-            partial(relative, 8 * W[:1].double()),
+            partial(part_error, 0, 8 * W[:1].double()),
         )
 
 
@@ -275,7 +294,7 @@ def narrow_cases() -> Iterator[Case]:
             )
 
 
-MAKERS = (block_cases, weight_cases, narrow_cases, eigh_cases, thin_cases)
+MAKERS = (block_cases, weight_cases, narrow_cases, eigh_cases, thin_cases, normal_cases)
 
 
 def ceilings() -> dict[str, float]:

@@ -46,7 +46,8 @@ def nbytes(*tensors):
 def counted(ceiling):
     """Counts what `lorax_kernels` multiplies inside the block, at measured ceilings."""
     found = Products(ceiling)
-    thin_matmul, gram, inner = ops.thin_matmul, _operator.Stack.gram, _operator.Operator.inner
+    thin_matmul, normal_matmul = ops.thin_matmul, ops.normal_matmul
+    gram, inner = _operator.Stack.gram, _operator.Operator.inner
     steers = local()
 
     def count_thin(W, X, *, transpose=False, pieces=2, backend="auto"):
@@ -54,6 +55,14 @@ def counted(ceiling):
         if not getattr(steers, "now", False):
             found.add(2 * W.numel() * X.shape[2] * pieces, nbytes(W, X, C))
         return C
+
+    def count_normal(W, X, transpose=False, *, backend="auto"):
+        Z = normal_matmul(W, X, transpose, backend=backend)
+        # Two products, and what is between them in float16.
+        between = 2 * X.shape[0] * W.shape[2 if transpose else 1] * X.shape[2]
+        for block in (X, Z):
+            found.add(2 * W.numel() * X.shape[2], nbytes(W, block) + between)
+        return Z
 
     def uncounted_inner(*arguments):
         """Two blocks: no product with weights, and none that a floor needs."""
@@ -74,6 +83,7 @@ def counted(ceiling):
 
     with (
         mock.patch.object(ops, "thin_matmul", count_thin),
+        mock.patch.object(ops, "normal_matmul", count_normal),
         mock.patch.object(_operator.Stack, "gram", staticmethod(count_gram)),
         mock.patch.object(_operator.Operator, "inner", uncounted_inner),
     ):

@@ -279,52 +279,80 @@ inline cudaError_t launch_cholesky_inverse(float* A, float* steps, int64_t batch
   return cudaGetLastError();
 }
 
-constexpr int kMendThreadsX = 32;
-constexpr int kMendThreadsY = 8;
-constexpr int kMendRows = 256;  // rows of one CTA
+constexpr int kMendColumns = 32;  // of one CTA
+constexpr int kMendWarps = 16;
 // Independent columns come out within a percent of unit length.
 constexpr float kMendShorter = 0.8f;
 constexpr float kMendLonger = 1.25f;
+
+// Column j of the result is the sum of M_ji x_i over columns x_i of unit length. An error E of
+// their Gram matrix changes its squared length by m^T E m, m being row j of M: with E about 1e-6 by
+// a percent where |m|^2 is 1e4. Its own pivot, whose inverse root is one element of m, does not
+// tell: it may lie along a column before it whose pivot was small.
+constexpr float kMendReach = 1e4f;
 
 /// Q[b][:, j] = noise of about unit length where column j was left out or did not come out at unit
 /// length, after a pass whose result is final.
 ///
 /// What is left of such columns is nearly dependent on other ones: a pivot that is an error of the
-/// Gram matrix betrays itself by the length that it leads to. NaN stays.
+/// Gram matrix betrays itself by the length that it leads to. NaN stays. Only the columns whose
+/// length the factorisation leaves open are read; one CTA reads all rows of its columns.
 ///
-/// M       (batch, extent, extent) float32, from the factorisation
-/// scale   (batch, columns)        float32, of Q, from column_scales_kernel
-/// square  (batch, columns)        float32, of Q, from column_scales_kernel
-/// Q       (batch, rows, columns)  float32, in place; mostly not touched
-static __global__ void mend_columns_kernel(const float* __restrict__ M,
-                                           const float* __restrict__ scale,
-                                           const float* __restrict__ square, float* __restrict__ Q,
-                                           int64_t rows, int64_t columns, int64_t extent,
-                                           uint32_t seed) {
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kMendThreadsX + threadIdx.x;
-  if (column >= columns) return;
-  const int64_t batch = blockIdx.z;
-  const float square_now = square[batch * columns + column];
-  const float length =
-      sqrtf(square_now) * scalbnf(1.f / scale[batch * columns + column], kPieceExponent);
-  const bool wrong = square_now < 0.f || length < kMendShorter || length > kMendLonger;
-  const bool left = left_out(M[batch * extent * extent + column * extent + column]);
-  if (isnan(square_now) || !(left || wrong)) return;
+/// M  (batch, extent, extent) float32, from the factorisation
+/// Q  (batch, rows, columns)  float32, in place; mostly not touched
+static __global__ void __launch_bounds__(kMendColumns* kMendWarps)
+    mend_columns_kernel(const float* __restrict__ M, float* __restrict__ Q, int64_t rows,
+                        int64_t columns, int64_t extent, uint32_t seed) {
+  __shared__ bool left[kMendColumns], open[kMendColumns];
+  __shared__ double sums[kMendWarps][kMendColumns];
+  const int lane = threadIdx.x, warp = threadIdx.y;
+  const int64_t batch = blockIdx.y, start = static_cast<int64_t>(blockIdx.x) * kMendColumns;
+  for (int c = warp; c < kMendColumns; c += kMendWarps) {
+    const int64_t j = start + c;
+    const float* m = M + (batch * extent + j) * extent;
+    float sum = 0.f;
+    if (j < columns) {
+#pragma unroll 8
+      for (int64_t i = lane; i <= j; i += 32) sum = fmaf(m[i], m[i], sum);
+    }
+    for (int apart = 16; apart > 0; apart /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
+    if (lane == 0) {
+      left[c] = j < columns && left_out(m[j]);
+      open[c] = left[c] || sum > kMendReach;
+    }
+  }
+  __syncthreads();
+  const bool is_open = open[lane];
+  if (!__any_sync(0xffffffffu, is_open)) return;  // in every warp or in none
+  float* q = Q + batch * rows * columns + start + lane;
+  double sum = 0;
+  if (is_open) {
+#pragma unroll 8
+    for (int64_t row = warp; row < rows; row += kMendWarps) {
+      const double x = q[row * columns];
+      sum += x * x;
+    }
+  }
+  sums[warp][lane] = sum;
+  __syncthreads();
+  sum = 0;
+  for (int w = 0; w < kMendWarps; ++w) sum += sums[w][lane];
+  const double length = sqrt(sum);
+  const bool is_wrong = left[lane] || length < kMendShorter || length > kMendLonger;
+  if (!is_open || !is_wrong || !isfinite(sum)) return;
   const float amplitude = sqrtf(3.f / static_cast<float>(rows));
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * kMendRows;
-  const int64_t last = first + kMendRows < rows ? first + kMendRows : rows;
-  for (int64_t row = first + threadIdx.y; row < last; row += kMendThreadsY) {
-    Q[(batch * rows + row) * columns + column] = amplitude * position_noise(row, column, seed);
+  for (int64_t row = warp; row < rows; row += kMendWarps) {
+    q[row * columns] = amplitude * position_noise(row, start + lane, seed);
   }
 }
 
-inline cudaError_t launch_mend_columns(const float* M, const float* scale, const float* square,
-                                       float* Q, int64_t batch, int64_t rows, int64_t columns,
-                                       int64_t extent, uint32_t seed, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(columns, kMendThreadsX)),
-                  static_cast<unsigned>(ceil_div(rows, kMendRows)), static_cast<unsigned>(batch));
-  mend_columns_kernel<<<grid, dim3(kMendThreadsX, kMendThreadsY), 0, stream>>>(
-      M, scale, square, Q, rows, columns, extent, seed);
+inline cudaError_t launch_mend_columns(const float* M, float* Q, int64_t batch, int64_t rows,
+                                       int64_t columns, int64_t extent, uint32_t seed,
+                                       cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(columns, kMendColumns)),
+                  static_cast<unsigned>(batch));
+  mend_columns_kernel<<<grid, dim3(kMendColumns, kMendWarps), 0, stream>>>(M, Q, rows, columns,
+                                                                           extent, seed);
   return cudaGetLastError();
 }
 

@@ -73,22 +73,24 @@ static __global__ void strip_pieces_kernel(const float* __restrict__ T, __half* 
   }
 }
 
-/// G = H + C + C^T scaled on both sides, from T = P_0^T [P_0 | P_1] = [H | C] of two pieces.
+/// G = H + C + C^T scaled on both sides, from T = P_0^T [P_0 | P_1] = [H | C] of two pieces. T is
+/// given as the products of `parts` groups of rows, which are added up in float32.
 ///
 /// Plain (kNormalize false): undoes the column scales; the diagonal comes from the exact norms,
 /// because tensor cores truncate their sums and a diagonal sums one sign (about -4e-6 at 4096
 /// rows). Normalised: G has a unit diagonal, `normalizer` gets d with G = D (X^T X) D for the
 /// scaled columns X / 2^14, and the padding up to `extent` is an identity.
 ///
-/// T           (batch, padded, 2 * padded) float32, padded = padded_columns(columns)
-/// scale       (batch, columns)            float32, from column_scales_kernel
-/// square      (batch, columns)            float32, from column_scales_kernel
-/// G           (batch, extent, extent)     float32
-/// normalizer  (batch, columns)            float32, or null
+/// T           (batch, parts, padded, 2 * padded) float32, padded = padded_columns(columns)
+/// scale       (batch, columns)                   float32, from column_scales_kernel
+/// square      (batch, columns)                   float32, from column_scales_kernel
+/// G           (batch, extent, extent)            float32
+/// normalizer  (batch, columns)                   float32, or null
 template <bool kNormalize>
 __global__ void combine_kernel(const float* __restrict__ T, const float* __restrict__ scale,
                                const float* __restrict__ square, float* __restrict__ G,
-                               float* __restrict__ normalizer, int64_t columns, int64_t extent) {
+                               float* __restrict__ normalizer, int64_t columns, int64_t extent,
+                               int parts) {
   if (blockIdx.x < blockIdx.y) return;
   __shared__ float value[kMirrorTile][kMirrorTile + 1];
   __shared__ float cross[kMirrorTile][kMirrorTile + 1];
@@ -96,18 +98,33 @@ __global__ void combine_kernel(const float* __restrict__ T, const float* __restr
   __shared__ float diagonal[kMirrorTile];
   const int64_t batch = blockIdx.z;
   const int64_t padded = padded_columns(columns);
-  const float* t = T + batch * padded * 2 * padded;
+  const int64_t part_size = padded * 2 * padded;
+  const float* t = T + batch * parts * part_size;
   float* g = G + batch * extent * extent;
   const int64_t top = static_cast<int64_t>(blockIdx.y) * kMirrorTile;
   const int64_t left = static_cast<int64_t>(blockIdx.x) * kMirrorTile;
-  for (int r = threadIdx.y; r < kMirrorTile; r += kMirrorRows) {
-    const int64_t i = top + r, j = left + threadIdx.x;
-    const bool inside = i < columns && j < columns;
-    const float* row = t + i * 2 * padded + j;
-    value[r][threadIdx.x] = inside ? row[0] + row[padded] : 0.f;
-    const int64_t ci = left + r, cj = top + threadIdx.x;
-    const bool cross_inside = ci < columns && cj < columns;
-    cross[r][threadIdx.x] = cross_inside ? t[ci * 2 * padded + padded + cj] : 0.f;
+  // All of a part at once, twelve loads a thread: parts are read from memory, once.
+  constexpr int kRows = kMirrorTile / kMirrorRows;
+  float high[kRows] = {}, low[kRows] = {}, mirrored[kRows] = {};
+#pragma unroll 2
+  for (int p = 0; p < parts; ++p) {
+    const float* part = t + p * part_size;
+#pragma unroll
+    for (int e = 0; e < kRows; ++e) {
+      const int r = threadIdx.y + e * kMirrorRows;
+      const int64_t i = top + r, j = left + threadIdx.x;
+      if (i < columns && j < columns) {
+        high[e] += part[i * 2 * padded + j];
+        low[e] += part[i * 2 * padded + padded + j];
+      }
+      const int64_t mi = left + r, mj = top + threadIdx.x;
+      if (mi < columns && mj < columns) mirrored[e] += part[mi * 2 * padded + padded + mj];
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < kRows; ++e) {
+    value[threadIdx.y + e * kMirrorRows][threadIdx.x] = high[e] + low[e];
+    cross[threadIdx.y + e * kMirrorRows][threadIdx.x] = mirrored[e];
   }
   if (threadIdx.y < 2) {
     const int64_t c = (threadIdx.y == 0 ? top : left) + threadIdx.x;
@@ -116,8 +133,16 @@ __global__ void combine_kernel(const float* __restrict__ T, const float* __restr
       const float s = scale[batch * columns + c];
       const float q = square[batch * columns + c];
       if constexpr (kNormalize) {
-        const float* at = t + c * 2 * padded + c;
-        const float norm2 = q < 0.f ? scalbnf(at[0] + 2.f * at[padded], -2 * kPieceExponent) : q;
+        float norm2 = q;
+        if (q < 0.f) {  // noise, whose norm was not known before
+          float square_high = 0.f, cross_low = 0.f;
+          for (int p = 0; p < parts; ++p) {
+            const float* at = t + p * part_size + c * 2 * padded + c;
+            square_high += at[0];
+            cross_low += at[padded];
+          }
+          norm2 = scalbnf(square_high + 2.f * cross_low, -2 * kPieceExponent);
+        }
         const float d = rsqrtf(norm2);
         factor = scalbnf(d, -kPieceExponent);
         own = 1.f;
@@ -218,14 +243,14 @@ inline cudaError_t launch_mirror(T* G, int64_t batch, int64_t columns, cudaStrea
 // `normalizer` null: the plain Gram matrix; otherwise the normalised one.
 inline cudaError_t launch_combine(const float* T, const float* scale, const float* square, float* G,
                                   float* normalizer, int64_t batch, int64_t columns, int64_t extent,
-                                  cudaStream_t stream) {
+                                  int parts, cudaStream_t stream) {
   const dim3 grid = mirror_grid(batch, extent), threads(kMirrorTile, kMirrorRows);
   if (normalizer == nullptr) {
     combine_kernel<false>
-        <<<grid, threads, 0, stream>>>(T, scale, square, G, nullptr, columns, extent);
+        <<<grid, threads, 0, stream>>>(T, scale, square, G, nullptr, columns, extent, parts);
   } else {
     combine_kernel<true>
-        <<<grid, threads, 0, stream>>>(T, scale, square, G, normalizer, columns, extent);
+        <<<grid, threads, 0, stream>>>(T, scale, square, G, normalizer, columns, extent, parts);
   }
   return cudaGetLastError();
 }

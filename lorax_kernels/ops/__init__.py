@@ -4,6 +4,7 @@
 from .cholesky_qr import cholesky_qr as cholesky_qr
 from .gram import gram as gram
 from .gram_halves import gram_halves as gram_halves
+from .normal_matmul import normal_matmul as normal_matmul
 from .orthonormalize import orthonormalize as orthonormalize
 from .project import project as project
 from .ritz import ritz as ritz

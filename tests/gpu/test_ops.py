@@ -85,6 +85,68 @@ def test_thin_matmul_keeps_what_is_not_finite(backend: str, bad: float) -> None:
     assert C[1].isfinite().all()
 
 
+def _exact_normal(W: torch.Tensor, X: torch.Tensor, transpose: bool) -> torch.Tensor:
+    return _exact(W, _exact(W, X, transpose), not transpose)
+
+
+@pytest.mark.parametrize("transpose", [False, True], ids=["W^T W", "W W^T"])
+@pytest.mark.parametrize("shape", [*cases.THIN_SHAPES, (4, 512, 768, 128)], ids=cases.label)
+def test_normal_matmul(backend: str, shape: tuple[int, ...], transpose: bool) -> None:
+    b, m, n, l = shape
+    W = cases.half_weights(b, m, n, device="cuda")
+    X = _normal(b, m if transpose else n, l)
+    before = W.clone(), X.clone()
+    Z = ops.normal_matmul(W, X, transpose=transpose, backend=backend)
+    assert cases.relative(Z, _exact_normal(W, X, transpose)) < cases.NORMAL_TOLERANCE
+    assert torch.equal(W, before[0])
+    assert torch.equal(X, before[1])
+
+
+@pytest.mark.parametrize("scale", [*SCALES, 0.0, 1e5], ids=lambda s: f"scale={s:g}")
+def test_normal_matmul_scales(backend: str, scale: float) -> None:
+    W, X = cases.half_weights(2, 200, 136, device="cuda"), _normal(2, 136, 24)
+    X[1] *= scale  # one matrix of the batch; the other must not notice
+    X[:, :, 5] = 0
+    Z = ops.normal_matmul(W, X, backend=backend)
+    exact = _exact_normal(W, X, False)
+    for i in range(2):
+        assert cases.relative(Z[i], exact[i]) < cases.NORMAL_TOLERANCE
+    assert not Z[:, :, 5].any()
+
+
+def test_normal_matmul_of_strides(backend: str) -> None:
+    W = cases.half_weights(2, 63, 65, device="cuda")
+    wide = torch.cat([W, W], dim=2)
+    views = [cases.awkward(W), W.mT, wide[:, :, :65], wide[:, :, 3:68], W[:, :1]]
+    views.append(W[:, :, :1].contiguous().mT)  # contiguous, though its rows are one element apart
+    for view in views:
+        for transpose in (False, True):
+            X = cases.awkward(_normal(2, view.shape[1 if transpose else 2], 17))
+            Z = ops.normal_matmul(view, X, transpose=transpose, backend=backend)
+            assert cases.relative(Z, _exact_normal(view, X, transpose)) < cases.NORMAL_TOLERANCE
+            assert Z.is_contiguous()
+
+
+def test_normal_matmul_at_the_ends_of_its_range() -> None:
+    """All weights alike and a column along them: what the docstring allows, and beyond."""
+    for n in (1000, 1024, 1025):
+        W = torch.full((1, 199, n), 0.5 * (1 - 2.0**-11), device="cuda").half()
+        X = torch.full((1, n, 3), n**-0.5, device="cuda") * torch.tensor([1.0, 63, 200]).cuda()
+        Z = ops.normal_matmul(W, X, backend="cuda")
+        exact = _exact_normal(W, X, False)
+        assert cases.relative(Z[:, :, :2], exact[:, :, :2]) < cases.NORMAL_TOLERANCE
+        assert n != 1024 or not Z[:, :, 2].isfinite().any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=["nan", "inf"])
+def test_normal_matmul_keeps_what_is_not_finite(backend: str, bad: float) -> None:
+    W, X = cases.half_weights(2, 64, 96, device="cuda"), _normal(2, 96, 16)
+    X[0, 3, 5] = bad
+    Z = ops.normal_matmul(W, X, backend=backend)
+    assert not Z[0, :, 5].isfinite().any()
+    assert Z[1].isfinite().all()
+
+
 def test_strided_and_unaligned_inputs(backend: str) -> None:
     W, X = cases.awkward(_normal(2, 63, 65).bfloat16()), cases.awkward(_normal(2, 65, 17))
     for transposed, block in ((False, X), (True, cases.awkward(_normal(2, 63, 17)))):
@@ -206,6 +268,7 @@ def test_orthonormalize(backend: str, shape: tuple[int, ...]) -> None:
     half = (shape[2] + 1) // 2
     # Column by column: the first half of Q spans the first half of X.
     assert cases.unspanned(X[:, :, :half], Q[:, :, :half]) < 1e-4
+    assert bool(((Q * X).sum(1)[:, :half] > 0).all())
 
 
 HARD = [(257, 64), (300, 200), (199, 199), (1024, 130), (9, 9), (3, 2)]
@@ -315,6 +378,7 @@ def test_symmetric_eigh_in_a_graph() -> None:
 def test_empty_batches(backend: str) -> None:
     W, X = torch.empty(0, 8, 6, device="cuda").bfloat16(), torch.empty(0, 6, 4, device="cuda")
     assert ops.thin_matmul(W, X, backend=backend).shape == (0, 8, 4)
+    assert ops.normal_matmul(W.half(), X, backend=backend).shape == (0, 6, 4)
     assert ops.gram(X, backend=backend).shape == (0, 4, 4)
     assert ops.orthonormalize(X, backend=backend).shape == (0, 6, 4)
     assert ops.rotate(X, X.mT, backend=backend).shape == (0, 6, 6)
@@ -334,6 +398,7 @@ def test_smallest_of_each() -> None:
     ops.gram(X, backend="cuda")
     ops.gram(X, dtype=torch.float64, backend="cuda")
     weights = _normal(2, 131, 75).half()
+    ops.normal_matmul(weights, X * 1e9, transpose=True, backend="cuda")
     ops.gram_halves(weights, backend="cuda")
     ops.stack_halves(list(weights), [0, -3], backend="cuda")
     ops.rotate(X, R * 1e9, backend="cuda")
@@ -346,13 +411,17 @@ def test_smallest_of_each() -> None:
     assert values.isfinite().all()
 
 
-@pytest.mark.parametrize("op", ["thin_matmul", "gram", "orthonormalize", "rotate", "shift"])
+@pytest.mark.parametrize(
+    "op", ["thin_matmul", "normal_matmul", "gram", "orthonormalize", "rotate", "shift"]
+)
 def test_poisoned_memory_never_shows(backend: str, op: str) -> None:
     X = _normal(2, 211, 37)
     junk = torch.full((1 << 24,), float("nan"), device="cuda")
     del junk  # what the allocator hands out next is full of NaN
     if op == "thin_matmul":
         C = ops.thin_matmul(_normal(2, 99, 211).half(), X, backend=backend)
+    elif op == "normal_matmul":
+        C = ops.normal_matmul(cases.half_weights(2, 99, 211, device="cuda"), X, backend=backend)
     elif op == "rotate":
         C = ops.rotate(X, _normal(2, 37, 5), backend=backend)
     elif op == "shift":

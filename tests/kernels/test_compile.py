@@ -17,7 +17,6 @@ LAUNCHES = """
 void use(float* f, double* d, uint32_t* u, __half* h, __nv_bfloat16* b, Jacobi j, int* i) {
   const PieceLayout at{8, 8, 8};
   launch_split<__half, Scaling::kBlock>(f, f, u, h, 1, 1, 1, 1, at, 0, 0);
-  launch_split<__half, Scaling::kAgain>(f, f, u, h, 1, 1, 1, 1, at, 0, 0);
   launch_split<__half, Scaling::kColumns>(f, f, u, h, 1, 1, 1, 1, at, 0, 0);
   launch_split<__nv_bfloat16, Scaling::kNone>(f, f, u, b, 1, 1, 1, 1, at, 0, 0);
   launch_column_scales(f, d, f, f, 1, 1, 1, 0, 0);
@@ -26,13 +25,13 @@ void use(float* f, double* d, uint32_t* u, __half* h, __nv_bfloat16* b, Jacobi j
   launch_restore(h, f, f, 1, 1, 1, 0);
   launch_mirror(f, 1, 1, 0);
   launch_mirror(d, 1, 1, 0);
-  launch_combine(f, f, f, f, f, 1, 1, 64, 0);
+  launch_combine(f, f, f, f, f, 1, 1, 64, 1, 0);
   launch_strip_pieces(f, h, h, 1, 1, 1, 0, 0);
-  launch_stack_halves<__half>({{h, 1, 1}}, h, 1, 0);
-  launch_stack_halves<__nv_bfloat16>({{b, 1, 1}}, h, 1, 0);
+  launch_stack_halves<__half>({{h, 1, 1}}, h, u, 1, 0);
+  launch_stack_halves<__nv_bfloat16>({{b, 1, 1}}, h, u, 1, 0);
   launch_triangle_pieces(f, f, h, f, 1, 1, 64, 0);
   launch_cholesky_inverse(f, f, 1, 64, 0, 0);
-  launch_mend_columns(f, f, f, f, 1, 1, 1, 64, 1, 0);
+  launch_mend_columns(f, f, 1, 1, 1, 64, 1, 0);
   launch_least_pivot(f, u, 1, 64, 0);
   launch_jacobi_start(j, f, 1, 0);
   launch_jacobi_sweep(j, 0, i, 0);

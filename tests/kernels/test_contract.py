@@ -28,6 +28,7 @@ def _inputs(n: int, l: int) -> dict[str, tuple]:
     lists = [torch.randn(n, 3)] * 2, [torch.randn(n, 2)] * 2, [torch.randn(7, 2), pieces]
     return {
         "thin_matmul": (W, X, True, 2),
+        "normal_matmul": (W.half() / 8, X, True),
         "gram": (X, torch.float32),
         "gram_halves": (X.half(),),
         "stack_halves": (list(W), [1, -2]),
@@ -46,6 +47,9 @@ def _exact(op: str, *arguments: object) -> torch.Tensor:
     wide = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
     if op == "thin_matmul":
         return (wide[0].mT if wide[2] else wide[0]) @ wide[1]
+    if op == "normal_matmul":
+        A = wide[0].mT if wide[2] else wide[0]
+        return A.mT @ (A @ wide[1])
     if op == "gram":
         return wide[0].mT @ wide[0]
     if op == "rotate":
@@ -97,7 +101,7 @@ def test_public_functions_compile_to_one_graph() -> None:
 
 
 @pytest.mark.parametrize("n", SIZES, ids=lambda n: f"n={n}")
-@pytest.mark.parametrize("op", ["thin_matmul", "gram", "rotate", "shift"])
+@pytest.mark.parametrize("op", ["thin_matmul", "normal_matmul", "gram", "rotate", "shift"])
 def test_reference_against_float64(op: str, n: int) -> None:
     arguments = _inputs(n, min(n, 17))[op]
     found = getattr(torch.ops.lorax_kernels, op)(*arguments)
@@ -105,7 +109,7 @@ def test_reference_against_float64(op: str, n: int) -> None:
     assert_close(found.double(), _exact(op, *arguments), **FLOAT32)
 
 
-@pytest.mark.parametrize("op", ["thin_matmul", "gram", "rotate", "shift"])
+@pytest.mark.parametrize("op", ["thin_matmul", "normal_matmul", "gram", "rotate", "shift"])
 def test_strides_do_not_matter(op: str) -> None:
     arguments = _inputs(63, 17)[op]
     awkward = [
@@ -115,12 +119,23 @@ def test_strides_do_not_matter(op: str) -> None:
     assert_close(found.double(), _exact(op, *arguments), **FLOAT32)
 
 
+@pytest.mark.parametrize("transpose", [False, True], ids=["W^T W", "W W^T"])
+@pytest.mark.parametrize("shape", [*cases.THIN_SHAPES, (0, 8, 6, 4)], ids=cases.label)
+def test_normal_matmul_is_two_products(shape: tuple[int, ...], transpose: bool) -> None:
+    b, m, n, l = shape
+    W, X = cases.half_weights(b, m, n), torch.randn(b, m if transpose else n, l)
+    Z = ops.normal_matmul(W, X, transpose=transpose)
+    Y = ops.thin_matmul(W, X, transpose=transpose, pieces=1)
+    assert torch.equal(Z, ops.thin_matmul(W, Y, transpose=not transpose, pieces=1))
+
+
 @pytest.mark.parametrize("quick", [False, True], ids=["full", "quick"])
 @pytest.mark.parametrize("name", sorted(cases.hard_blocks(9, 3)))
 def test_orthonormalize_reference(name: str, quick: bool) -> None:
     X = cases.hard_blocks(199, 63)[name]
     Q = ops.orthonormalize(cases.awkward(X), quick=quick)
     assert cases.orthogonality(Q) < cases.ORTHONORMAL_TOLERANCE
+    assert bool(((Q * X).sum(1) >= -1e-5 * torch.linalg.vector_norm(X, dim=1)).all())
 
 
 @pytest.mark.parametrize("name", sorted(cases.symmetric_matrices(2)))
@@ -162,6 +177,26 @@ BAD = {
         lambda: ops.thin_matmul(torch.ones(1, 2, 3), torch.ones(1, 3, 1), pieces=4),
         ValueError,
         "pieces must be 1, 2 or 3, got 4",
+    ),
+    "normal_matmul of bfloat16": (
+        lambda: ops.normal_matmul(torch.ones(1, 2, 3).bfloat16(), torch.ones(1, 3, 1)),
+        TypeError,
+        "W must be float16, got torch.bfloat16; use thin_matmul twice for other weights",
+    ),
+    "normal_matmul of a matrix": (
+        lambda: ops.normal_matmul(torch.ones(2, 3).half(), torch.ones(1, 3, 1)),
+        ValueError,
+        r"W must be a batch \(b, rows, columns\), got shape \(2, 3\)",
+    ),
+    "normal_matmul of a float16 block": (
+        lambda: ops.normal_matmul(torch.ones(1, 2, 3).half(), torch.ones(1, 3, 1).half()),
+        TypeError,
+        "X must be one of float32, got torch.float16",
+    ),
+    "normal_matmul of other sizes": (
+        lambda: ops.normal_matmul(torch.ones(1, 2, 3).half(), torch.ones(1, 3, 1), transpose=True),
+        ValueError,
+        "inner sizes of W and X must agree, got 2 and 3",
     ),
     "gram in bfloat16": (
         lambda: ops.gram(torch.ones(1, 2, 3), dtype=torch.bfloat16),

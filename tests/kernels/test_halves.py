@@ -6,8 +6,9 @@ import math
 import op_cases as cases
 import pytest
 import torch
+from torch.testing import assert_close
 
-from lorax_kernels import _operator, ops
+from lorax_kernels import _batching, _operator, ops
 
 
 @pytest.mark.parametrize("shape", cases.GRAM_SHAPES, ids=cases.label)
@@ -23,9 +24,11 @@ def test_gram_halves(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(("exponent", "low", "high"), cases.STACKED)
 def test_stack_halves_is_exact(exponent: int, low: float, high: float) -> None:
     matrices = [cases.scaled_matrix(7, 9, low, high) for _ in range(3)]
-    stacked = ops.stack_halves([*matrices, matrices[0].mT.contiguous().mT], [exponent] * 4)
-    exact = torch.stack([*matrices, matrices[0]]).double() * 2.0**exponent
-    assert torch.equal(stacked.double(), exact)
+    matrices.append(matrices[0].mT.contiguous().mT)
+    stacked, largest = ops.stack_halves(matrices, [exponent] * 4)
+    exact = torch.stack(matrices).double()
+    assert torch.equal(stacked.double(), exact * 2.0**exponent)
+    assert torch.equal(largest.double(), exact.abs().amax((1, 2)))
 
 
 @pytest.mark.parametrize(
@@ -33,14 +36,30 @@ def test_stack_halves_is_exact(exponent: int, low: float, high: float) -> None:
 )
 def test_exponents_at_the_ends(exponent: int, size: float, found: float) -> None:
     """A zero stays one, and nothing becomes NaN on the way to what float16 cannot hold."""
-    stacked = ops.stack_halves([torch.tensor([[0.0, size]]).bfloat16()], [exponent])
+    stacked, largest = ops.stack_halves([torch.tensor([[0.0, size]]).bfloat16()], [exponent])
     assert stacked.flatten().tolist() == [0.0, found]
+    assert largest.tolist() == [size]
 
 
 def test_each_matrix_has_its_exponent() -> None:
     one = torch.ones(2, 3, dtype=torch.float16)
-    stacked = ops.stack_halves([one, one, one], [0, -3, 15])
+    stacked, largest = ops.stack_halves([one, one, one], [0, -3, 15])
     assert stacked[:, 0, 0].tolist() == [1.0, 0.125, 32768.0]
+    assert largest.tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", cases.STACKED_DTYPES, ids=str)
+@pytest.mark.parametrize("exponent", [2, -20])
+def test_largest_magnitudes(dtype: torch.dtype, exponent: int) -> None:
+    for shape in [(1, 1), (7, 9), (63, 64)]:
+        matrices, expected = cases.extremes(*shape, dtype)
+        _, largest = ops.stack_halves(matrices, [exponent] * len(matrices))
+        assert_close(largest, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_matrices_without_entries() -> None:
+    stacked, largest = ops.stack_halves([torch.ones(0, 3).half()] * 2, [0, 1])
+    assert (tuple(stacked.shape), largest.tolist()) == ((2, 0, 3), [0.0, 0.0])
 
 
 BAD = {
@@ -87,3 +106,105 @@ def test_float32_in_two_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = (high.double() + low.double() * whole.factors[1] - exact).abs()
     # Under 2^-14 first pieces are in steps of 2^-24, and the second ones in steps of 2^-35.
     assert bool((lost <= 2.0**-22 * exact.abs() + 2.0**-36).all())
+
+
+def _stacked(matrices: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every matrix as tensor cores take it, by what its leading entries say."""
+    chunk = list(range(len(matrices)))
+    return _batching.stack(matrices, chunk, False, True, "reference")
+
+
+@pytest.fixture
+def converted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A sample of eight entries; what is filled is how many matrices each conversion took."""
+    counts: list[int] = []
+    convert = ops.stack_halves
+
+    def counted(
+        matrices: list[torch.Tensor], exponents: list[int], *, backend: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        counts.append(len(matrices))
+        return convert(matrices, exponents, backend=backend)
+
+    monkeypatch.setattr(_batching, "_SAMPLE", 8)
+    monkeypatch.setattr(ops, "stack_halves", counted)
+    return counts
+
+
+def _weights(dtype: torch.dtype, **rows: list[float]) -> torch.Tensor:
+    """Eight rows of four; `first` are leading entries of rows from 0 on, `last` from 4 on."""
+    W = torch.full((8, 4), 2.0**-10)
+    for name, start in (("first", 0), ("last", 4)):
+        W[start : start + len(rows.get(name, [])), 1] = torch.tensor(rows.get(name, []))
+    return W.to(dtype)
+
+
+GUESSES = {
+    # name: (entries in the sample, entries beyond it, whether the guess suits)
+    "a good sample": ([0.3], [0.4], True),
+    "just under twice": ([0.375], [-0.74], True),
+    "just under what is allowed": ([0.25], [-0.99], True),
+    "more than is allowed": ([0.25], [1.0], False),
+    "beyond float16 by the guess": ([2.0**-10], [2.0**9], False),
+    "a tiny sample": ([2.0**-10], [0.5], False),
+    "a negative one": ([3.0], [-900.0], False),
+}
+
+
+@pytest.mark.parametrize("flip", [False, True], ids=["rows apart", "columns apart"])
+@pytest.mark.parametrize("dtype", cases.STACKED_DTYPES, ids=str)
+@pytest.mark.parametrize("name", GUESSES)
+def test_a_wrong_guess_is_made_good(
+    name: str, dtype: torch.dtype, flip: bool, converted: list[int]
+) -> None:
+    first, last, suits = GUESSES[name]
+    good = _weights(dtype, first=[0.3])
+    W = _weights(dtype, first=first, last=last)
+    W = W.mT if flip else W
+    matrices = [good.mT if flip else good, W, W * 2]
+    stack, scale = _stacked(matrices)
+    assert converted == ([3] if suits else [3, 2])
+    assert stack.dtype == torch.float16
+    assert torch.equal(stack.double() * scale[:, None, None], torch.stack(matrices).double())
+    largest = stack.double().abs().amax((1, 2))
+    assert bool((largest >= (0.125 if suits else 0.25))[1:].all())
+    assert bool((largest < 0.5).all())
+    assert torch.equal(scale[1:] / scale[1], torch.tensor([1.0, 2.0]).double())
+
+
+def test_a_sample_of_zeros(converted: list[int]) -> None:
+    """It says nothing; a matrix of zeros is one, and one that suits as it is stays."""
+    nothing, fine = torch.zeros(8, 4).bfloat16(), torch.zeros(8, 4).bfloat16()
+    large = fine.clone()
+    fine[7, 3], large[7, 3] = 0.3, 2.0**120
+    matrices = [nothing, fine, large]
+    stack, scale = _stacked(matrices)
+    assert converted == [3, 1]
+    assert scale.tolist() == [1.0, 1.0, 2.0**122]
+    assert torch.equal(stack.double() * scale[:, None, None], torch.stack(matrices).double())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("row", [0, 7], ids=["in the sample", "beyond it"])
+@pytest.mark.parametrize("dtype", cases.STACKED_DTYPES, ids=str)
+def test_what_is_not_finite_is_named(
+    bad: float, row: int, dtype: torch.dtype, converted: list[int]
+) -> None:
+    """The first of them in the order of the batch, wherever it is found out."""
+    matrices = [_weights(dtype, first=[0.3]) for _ in range(6)]
+    matrices[5][row, 3] = bad
+    matrices[2][0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"^matrix 5 holds NaN or Inf; no SVD exists$"):
+        _batching.stack(matrices, [0, 5, 2], False, True, "reference")
+    with pytest.raises(ValueError, match=r"^matrix 5 holds NaN or Inf; no SVD exists$"):
+        _batching.stack(matrices, [5], False, True, "reference")
+
+
+def test_one_float16_matrix_that_suits_is_not_copied(converted: list[int]) -> None:
+    W = _weights(torch.float16, first=[0.3])
+    stack, scale = _stacked([W])
+    assert (converted, scale.tolist()) == ([], [1.0])
+    assert stack.data_ptr() == W.data_ptr()
+    stack, scale = _stacked([W * 8])
+    assert (converted, scale.tolist()) == ([1], [8.0])
+    assert torch.equal(stack[0], W)

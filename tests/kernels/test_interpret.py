@@ -54,6 +54,15 @@ def test_thin_matmul(dtype: torch.dtype, pieces: int) -> None:
 
 
 @_inside
+@pytest.mark.parametrize("transpose", [False, True], ids=["W^T W", "W W^T"])
+def test_normal_matmul(transpose: bool) -> None:
+    W, X = cases.half_weights(2, 63, 70), torch.randn(2, 63 if transpose else 70, 7)
+    Z = ops.normal_matmul(W, X, transpose=transpose, backend="triton")
+    A = W.double().mT if transpose else W.double()
+    assert cases.relative(Z, A.mT @ (A @ X.double())) < CUT * cases.NORMAL_TOLERANCE
+
+
+@_inside
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 63, 70), (1, 199, 5)], ids=cases.label)
 def test_gram(shape: tuple[int, ...], dtype: torch.dtype) -> None:

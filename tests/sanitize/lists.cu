@@ -114,26 +114,41 @@ void check_parts(Float to_type, Float from_type, int from_parts, int to_parts, b
 }
 
 // Matrices that lie in one buffer, `gap` elements apart; more of them than one launch takes if
-// there are so many.
+// there are so many. The last element of the second is its largest, the first of the last is NaN.
 template <typename T>
 void check_stack(int matrices, int64_t count, int64_t gap) {
-  const std::vector<float> values = normals(matrices * (count + gap));
+  std::vector<float> values = normals(matrices * (count + gap));
+  values[2 * count + gap - 1] = -60000.f;
+  values[(matrices - 1) * (count + gap)] = NAN;
   std::vector<T> from(values.size());
   for (size_t i = 0; i < from.size(); ++i) from[i] = static_cast<T>(values[i]);
   const Buffer<T> source(from);
   const Buffer<__half> to(matrices * count);
+  const Buffer<uint32_t> largest{std::vector<uint32_t>(matrices)};
   std::vector<StackEntry> entries;
   for (int b = 0; b < matrices; ++b) {
     entries.push_back(
         {source.data() + b * (count + gap), std::ldexp(1.f, b % 5), std::ldexp(1.f, -b % 7)});
   }
-  LORAX_RUN(launch_stack_halves<T>(entries, to.data(), count, nullptr));
+  LORAX_RUN(launch_stack_halves<T>(entries, to.data(), largest.data(), count, nullptr));
   const std::vector<__half> got = to.read();
+  const std::vector<uint32_t> bits = largest.read();
   Expect expect("stack_halves_kernel, %d of %ld elements", matrices, count);
   for (int64_t e = 0; e < matrices * count; ++e) {
     const int64_t b = e / count;
     const double value = std::ldexp(widened(from[e + b * gap]), static_cast<int>(b % 5 - b % 7));
     expect.same(widened(got[e]), widened(__float2half(static_cast<float>(value))));
+  }
+  Expect expect_largest("stack_halves_kernel, largest of %d of %ld elements", matrices, count);
+  for (int b = 0; b < matrices; ++b) {
+    double want = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const double size = std::fabs(widened(from[b * (count + gap) + i]));
+      if (std::isnan(size) || size > want) want = size;
+    }
+    float found;
+    std::memcpy(&found, &bits[b], sizeof(found));
+    expect_largest.same(found, want);
   }
 }
 

@@ -44,8 +44,8 @@ def orthonormalize(X: torch.Tensor, *, quick: bool = False, backend: str = "auto
     Returns:
         `Q` of the same shape, `Q^T Q = I` to about 1e-6; with `quick` to about 1e-2, where the
         columns of `X` are well conditioned once they are scaled to one length. Column `j` lies in
-        the span of the first `j + 1` columns of `X`, up to the backend's treatment of dependent
-        columns.
+        the span of the first `j + 1` columns of `X`, on the side of column `j`, up to the backend's
+        treatment of dependent columns.
 
     Raises:
         ValueError, TypeError: arguments that do not fit together.

@@ -11,4 +11,7 @@ def orthonormalize_reference(X: torch.Tensor, quick: bool) -> torch.Tensor:
     dependent it still returns orthonormal ones. `quick` asks for less, and gets as much.
     """
     del quick
-    return torch.linalg.qr(X).Q.contiguous()
+    Q, R = torch.linalg.qr(X)
+    # A reflection may turn a column around.
+    turned = torch.diagonal(R, dim1=1, dim2=2) < 0
+    return torch.where(turned[:, None], -Q, Q).contiguous()

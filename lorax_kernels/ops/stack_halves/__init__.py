@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from ... import _backends, _ops
+from .reference import magnitudes as magnitudes
 from .reference import stack_halves_reference
 
 _backends.register_reference("stack_halves", stack_halves_reference)
@@ -19,14 +20,17 @@ _backends.register(
 _backends.register(
     "triton",
     "stack_halves",
-    _backends.Kernel(stack_halves_reference, "bfloat16 and float16; torch's copies"),
+    _backends.Kernel(stack_halves_reference, "bfloat16 and float16; torch's norms and copies"),
 )
 
 
 def stack_halves(
     matrices: Sequence[torch.Tensor], exponents: Sequence[int], *, backend: str = "auto"
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Matrices of one shape, each times a power of two, as one float16 stack.
+
+    The compiled kernels read each matrix once, for both results: whoever chose the exponents
+    without having seen all entries learns from the second whether they suit.
 
     Args:
         matrices: at least one, `(m, n)`, all bfloat16 or all float16, on one device.
@@ -35,15 +39,16 @@ def stack_halves(
         backend: "auto", "cuda", "triton" or "reference".
 
     Returns:
-        `(b, m, n)`, float16, contiguous.
+        The stack `(b, m, n)`, float16, contiguous; and the largest magnitude of each matrix as it
+        was given, `(b,)`, float32: NaN where it holds one, 0 where it has no entry.
 
     Raises:
         ValueError, TypeError: lists that do not fit together.
         RuntimeError: a backend named explicitly cannot run here; the message says why.
 
     Example:
-        >>> stack_halves([torch.ones(1, 2, dtype=torch.bfloat16)], [3])
-        tensor([[[8., 8.]]], dtype=torch.float16)
+        >>> stack_halves([torch.tensor([[1.0, -2.0]]).bfloat16()], [3])
+        (tensor([[[  8., -16.]]], dtype=torch.float16), tensor([2.]))
     """
     matrices, exponents = list(matrices), list(exponents)
     _ops.check_stack_halves(matrices, exponents)
