@@ -101,26 +101,60 @@ State& state_of(const Solver& solver, int device, cudaStream_t stream) {
 // Up to here cuSOLVER keeps a matrix in one CTA's shared memory, in one kernel.
 constexpr int64_t kLibraryColumns = 128;
 
+// The kernels of a sweep as one launch: ten to sixty of them cost the host more than the device.
+struct SweepGraph {
+  at::Tensor where;  // the state, which they read
+  cudaGraphExec_t graph = nullptr;
+};
+
+// Sizes that are kept for a stream; more than a model has.
+constexpr size_t kMostGraphs = 64;
+
+Jacobi* state_in(const at::Tensor& where) {
+  return reinterpret_cast<Jacobi*>(where.mutable_data_ptr<uint8_t>());
+}
+
+at::Tensor room_for_state(const at::TensorOptions& options) {
+  return at::empty({static_cast<int64_t>(sizeof(Jacobi))}, options.dtype(at::kByte));
+}
+
+// The graph for a size on the current stream, where calls run one after the other.
+const SweepGraph& sweep_graph(const at::TensorOptions& options, int64_t batch, int64_t extent,
+                              c10::cuda::CUDAStream stream) {
+  using Sizes = std::map<std::pair<int64_t, int64_t>, SweepGraph>;
+  static std::mutex mutex;
+  // Never destroyed: the driver may be gone by then.
+  static auto& all = *new std::map<std::pair<int, cudaStream_t>, Sizes>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Sizes& sizes = all[{stream.device_index(), stream.stream()}];
+  const auto known = sizes.find({batch, extent});
+  if (known != sizes.end()) return known->second;
+  if (sizes.size() >= kMostGraphs) {
+    // A graph that still runs is destroyed when it has.
+    for (auto& entry : sizes) C10_CUDA_CHECK(cudaGraphExecDestroy(entry.second.graph));
+    sizes.clear();
+  }
+  SweepGraph made{room_for_state(options)};
+  cudaStream_t aside;
+  C10_CUDA_CHECK(cudaStreamCreateWithFlags(&aside, cudaStreamNonBlocking));
+  C10_CUDA_CHECK(cudaStreamBeginCapture(aside, cudaStreamCaptureModeThreadLocal));
+  const cudaError_t status = launch_jacobi_sweep(state_in(made.where), batch, extent, aside);
+  cudaGraph_t graph = nullptr;
+  C10_CUDA_CHECK(cudaStreamEndCapture(aside, &graph));
+  C10_CUDA_CHECK(status);
+  C10_CUDA_CHECK(cudaGraphInstantiate(&made.graph, graph, 0));
+  C10_CUDA_CHECK(cudaGraphDestroy(graph));
+  C10_CUDA_CHECK(cudaStreamDestroy(aside));
+  return sizes.emplace(std::make_pair(batch, extent), std::move(made)).first->second;
+}
+
 // Sweeps until every matrix has settled. The next sweep is queued before the count of the last one
 // is looked at, so that the device does not wait for the host; at most one sweep is for nothing.
-void sweep(const Jacobi& state, const at::TensorOptions& options, c10::cuda::CUDAStream stream) {
-  const auto integers = options.dtype(at::kInt);
-  const at::Tensor counts = at::empty({kMaxSweeps}, integers);
-  int* count = counts.mutable_data_ptr<int>();
-  if (is_capturing(stream)) {
-    for (int s = 0; s < kMaxSweeps; ++s) {
-      C10_CUDA_CHECK(launch_jacobi_sweep(state, s, count + s, stream));
-    }
-    return;
-  }
-  const at::Tensor known = at::empty({kMaxSweeps}, integers.device(at::kCPU).pinned_memory(true));
-  int* left = known.mutable_data_ptr<int>();
+void sweep(cudaGraphExec_t graph, const int* left, c10::cuda::CUDAStream stream) {
   std::array<at::cuda::CUDAEvent, kMaxSweeps> done;
   int last = 0;
   for (int s = 0; s < kMaxSweeps; ++s, ++last) {
-    C10_CUDA_CHECK(launch_jacobi_sweep(state, s, count + s, stream));
-    C10_CUDA_CHECK(
-        cudaMemcpyAsync(left + s, count + s, sizeof(int), cudaMemcpyDeviceToHost, stream));
+    C10_CUDA_CHECK(cudaGraphLaunch(graph, stream));
     done[s].record(stream);
     if (s == 0) continue;
     done[s - 1].synchronize();
@@ -132,27 +166,42 @@ void sweep(const Jacobi& state, const at::TensorOptions& options, c10::cuda::CUD
 
 std::tuple<at::Tensor, at::Tensor> by_jacobi(const at::Tensor& H) {
   const int64_t batch = H.size(0), l = H.size(1), extent = jacobi_extent(l), pairs = extent / kTile;
-  const auto options = H.options();
+  const auto options = H.options(), integers = options.dtype(at::kInt);
   const auto stream = c10::cuda::getCurrentCUDAStream();
+  const bool captured = is_capturing(stream);
   const at::Tensor kept = H.contiguous();
   const at::Tensor work = at::empty({batch, extent, extent}, options);
   const at::Tensor vectors = at::empty({batch, extent, extent}, options);
   {
     const at::Tensor rotations =
         at::empty({batch, pairs, 2, kTile, kTile}, options.dtype(at::kHalf));
-    const at::Tensor is_active = at::empty({batch, pairs}, options.dtype(at::kInt));
-    const at::Tensor notes = at::zeros({batch * (1 + 2 * kMaxSweeps)}, options.dtype(at::kInt));
+    const at::Tensor is_active = at::empty({batch, pairs}, integers);
+    const at::Tensor notes = at::zeros({batch * (1 + 2 * kMaxSweeps) + 1}, integers);
+    const at::Tensor left = at::empty(
+        {kMaxSweeps}, captured ? integers : integers.device(at::kCPU).pinned_memory(true));
     auto* seen = reinterpret_cast<uint2*>(notes.mutable_data_ptr<int>());
+    auto* largest = reinterpret_cast<uint32_t*>(seen + batch * kMaxSweeps);
     const Jacobi state{work.mutable_data_ptr<float>(),
                        vectors.mutable_data_ptr<float>(),
                        reinterpret_cast<__half*>(rotations.mutable_data_ptr<at::Half>()),
                        is_active.mutable_data_ptr<int>(),
-                       reinterpret_cast<uint32_t*>(seen + batch * kMaxSweeps),
+                       largest,
                        seen,
+                       reinterpret_cast<int*>(largest + batch),
+                       left.mutable_data_ptr<int>(),
                        batch,
                        extent};
-    C10_CUDA_CHECK(launch_jacobi_start(state, kept.const_data_ptr<float>(), l, stream));
-    sweep(state, options, stream);
+    const SweepGraph once{captured ? room_for_state(options) : at::Tensor()};
+    const SweepGraph& sweeps = captured ? once : sweep_graph(options, batch, extent, stream);
+    Jacobi* where = state_in(sweeps.where);
+    C10_CUDA_CHECK(launch_jacobi_start(state, where, kept.const_data_ptr<float>(), l, stream));
+    if (captured) {
+      for (int s = 0; s < kMaxSweeps; ++s) {
+        C10_CUDA_CHECK(launch_jacobi_sweep(where, batch, extent, stream));
+      }
+    } else {
+      sweep(sweeps.graph, left.const_data_ptr<int>(), stream);
+    }
   }
   const auto [values, order] = work.diagonal(0, 1, 2).narrow(1, 0, l).sort(-1, /*descending=*/true);
   const at::Tensor sorted =

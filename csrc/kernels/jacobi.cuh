@@ -21,10 +21,12 @@ namespace lorax {
 
 /// Work copies: H padded with zeros, its lower triangle counting; V^T the identity.
 ///
-/// H  (batch, columns, columns) float32, contiguous
-static __global__ void jacobi_start_kernel(Jacobi state, const float* __restrict__ H,
+/// H      (batch, columns, columns) float32, contiguous
+/// where  the state is put, for the kernels of sweeps
+static __global__ void jacobi_start_kernel(Jacobi state, Jacobi* where, const float* __restrict__ H,
                                            int64_t columns) {
   const int64_t batch = blockIdx.y, extent = state.extent;
+  if (blockIdx.x + blockIdx.y + threadIdx.x == 0) *where = state;
   uint32_t largest = 0;
   for (int64_t i = blockIdx.x; i < extent; i += gridDim.x) {
     for (int64_t j = threadIdx.x; j < extent; j += blockDim.x) {
@@ -42,44 +44,47 @@ static __global__ void jacobi_start_kernel(Jacobi state, const float* __restrict
   if (threadIdx.x % 32 == 0) atomicMax(state.largest + batch, largest);
 }
 
-/// count = how many matrices have not settled after a sweep.
-///
-/// count  one int
-static __global__ void jacobi_count_kernel(Jacobi state, int sweep, int* count) {
+/// Ends a sweep: says how many matrices have not settled, and counts it.
+static __global__ void jacobi_count_kernel(const Jacobi* where) {
+  const Jacobi state = *where;
+  const int sweep = *state.sweep;
   int mine = 0;
   for (int64_t b = threadIdx.x; b < state.batch; b += blockDim.x) {
     mine += !has_settled(state, b, sweep);
   }
   mine = __reduce_add_sync(0xffffffffu, mine);
-  if (threadIdx.x == 0) *count = mine;
+  if (threadIdx.x != 0) return;
+  state.left[sweep] = mine;
+  *state.sweep = sweep + 1;
 }
 
 inline int64_t jacobi_extent(int64_t columns) { return round_up(columns, kTile); }
 
-// `largest` and `seen` must be zero.
-inline cudaError_t launch_jacobi_start(const Jacobi& state, const float* H, int64_t columns,
-                                       cudaStream_t stream) {
+// `largest`, `seen` and `sweep` must be zero.
+inline cudaError_t launch_jacobi_start(const Jacobi& state, Jacobi* where, const float* H,
+                                       int64_t columns, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(state.extent, 16)),
                   static_cast<unsigned>(state.batch));
-  jacobi_start_kernel<<<grid, 128, 0, stream>>>(state, H, columns);
+  jacobi_start_kernel<<<grid, 128, 0, stream>>>(state, where, H, columns);
   return cudaGetLastError();
 }
 
-// One sweep; `count` (device) receives how many matrices need another.
-inline cudaError_t launch_jacobi_sweep(const Jacobi& state, int sweep, int* count,
+// One sweep of the state that was put to `where`. What is launched depends on its batch and extent
+// alone: it can be captured once and launched for every sweep of every state put there.
+inline cudaError_t launch_jacobi_sweep(const Jacobi* where, int64_t batch, int64_t extent,
                                        cudaStream_t stream) {
   const cudaError_t status = cudaFuncSetAttribute(
       jacobi_apply_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kApplyBytes);
   if (status != cudaSuccess) return status;
-  const int pairs = static_cast<int>(state.extent / kTile);
-  const unsigned batch = static_cast<unsigned>(state.batch);
+  const int pairs = static_cast<int>(extent / kTile);
+  const unsigned matrices = static_cast<unsigned>(batch);
   const unsigned tiles = static_cast<unsigned>(pairs * (pairs - 1) / 2 + pairs * pairs);
   for (int round = 0; round < 2 * pairs - 1; ++round) {
-    jacobi_rotate_kernel<<<dim3(pairs, batch), kJacobiThreads, 0, stream>>>(state, sweep, round);
-    jacobi_apply_kernel<<<dim3(tiles, batch), kApplyThreads, kApplyBytes, stream>>>(state, sweep,
-                                                                                    round);
+    jacobi_rotate_kernel<<<dim3(pairs, matrices), kJacobiThreads, 0, stream>>>(where, round);
+    jacobi_apply_kernel<<<dim3(tiles, matrices), kApplyThreads, kApplyBytes, stream>>>(where,
+                                                                                       round);
   }
-  jacobi_count_kernel<<<1, 32, 0, stream>>>(state, sweep, count);
+  jacobi_count_kernel<<<1, 32, 0, stream>>>(where);
   return cudaGetLastError();
 }
 

@@ -136,7 +136,9 @@ __device__ inline void await_loads() {
 /// Applies the rotations of a round. CTAs with the lower indices: H_PQ <- J_P^T H_PQ J_Q and its
 /// mirror image, for pairs P < Q; the others: rows Q of V^T <- J_Q^T times them, 64 columns each.
 static __global__ void __launch_bounds__(kApplyThreads, 4)
-    jacobi_apply_kernel(Jacobi state, int sweep, int round) {
+    jacobi_apply_kernel(const Jacobi* where, int round) {
+  const Jacobi state = *where;
+  const int sweep = *state.sweep;
   const int64_t batch = blockIdx.y, extent = state.extent;
   if (sweep > 0 && has_settled(state, batch, sweep - 1)) return;
   extern __shared__ uint4 shared[];

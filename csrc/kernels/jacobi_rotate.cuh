@@ -178,7 +178,9 @@ __device__ inline void rotate_group(RotateMemory& shared, PairGroup group, int f
 /// Rotates the 64 x 64 submatrix of each pair of blocks: every element between the blocks once, in
 /// the first round of a sweep those within the blocks as well.
 static __global__ void __launch_bounds__(kJacobiThreads)
-    jacobi_rotate_kernel(Jacobi state, int sweep, int round) {
+    jacobi_rotate_kernel(const Jacobi* where, int round) {
+  const Jacobi state = *where;
+  const int sweep = *state.sweep;
   const int64_t batch = blockIdx.y, extent = state.extent;
   if (sweep > 0 && has_settled(state, batch, sweep - 1)) return;
   __shared__ RotateMemory shared;

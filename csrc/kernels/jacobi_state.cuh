@@ -25,6 +25,9 @@ struct Jacobi {
   uint32_t* largest;  // (batch,)                bits of the largest |H| at the start
   uint2* seen;        // (batch, kMaxSweeps)     bits of the largest |off-diagonal| rotated in a
                       //                         sweep and of the largest tangent; zeros at first
+  int* sweep;         // how many sweeps are over; zero at first
+  int* left;          // (kMaxSweeps,)           how many matrices had not settled after each;
+                      //                         pinned memory of the host will do
   int64_t batch;
   int64_t extent;
 };

@@ -25,16 +25,19 @@ void check_jacobi(int64_t batch, int64_t n, bool is_near) {
   const std::vector<float> h = lower_triangles(batch, n, is_near);
   const Buffer<float> input(h), H(batch * size), VT(batch * size);
   const Buffer<__half> J(batch * pairs * 2 * kTileElements);
-  const Buffer<int> is_active(batch * pairs), counts(kMaxSweeps);
+  const Buffer<int> is_active(batch * pairs), counts(kMaxSweeps), over{std::vector<int>(1)};
   const Buffer<uint32_t> largest{std::vector<uint32_t>(batch)};
   const Buffer<uint2> seen{std::vector<uint2>(batch * kMaxSweeps)};
-  const Jacobi state{H.data(),       VT.data(),   J.data(), is_active.data(),
-                     largest.data(), seen.data(), batch,    extent};
-  LORAX_RUN(launch_jacobi_start(state, input.data(), n, nullptr));
+  const Buffer<unsigned char> room(sizeof(Jacobi));
+  auto* where = reinterpret_cast<Jacobi*>(room.data());
+  const Jacobi state{H.data(),       VT.data(),   J.data(),    is_active.data(),
+                     largest.data(), seen.data(), over.data(), counts.data(),
+                     batch,          extent};
+  LORAX_RUN(launch_jacobi_start(state, where, input.data(), n, nullptr));
   int left = 1;
   for (int sweep = 0; sweep < kMaxSweeps && left != 0; ++sweep) {
-    int* count = counts.data() + sweep;
-    LORAX_RUN(launch_jacobi_sweep(state, sweep, count, nullptr));
+    const int* count = counts.data() + sweep;
+    LORAX_RUN(launch_jacobi_sweep(where, batch, extent, nullptr));
     LORAX_RUN(cudaMemcpy(&left, count, sizeof(left), cudaMemcpyDeviceToHost));
   }
   const std::vector<float> found = H.read(), vectors = VT.read();
