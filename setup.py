@@ -22,6 +22,7 @@ NOTE = "_build_note.txt"
 CPP_SOURCES = ["csrc/module.cpp"]
 CUDA_SOURCES = [
     "csrc/registration.cpp",
+    "csrc/graphs.cu",
     "csrc/products.cu",
     "csrc/thin_matmul.cu",
     "csrc/gram.cu",

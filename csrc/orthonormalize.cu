@@ -22,6 +22,7 @@
 #include <cstring>
 
 #include "checks.h"
+#include "graphs.h"
 #include "kernels/cholesky.cuh"
 #include "kernels/merge.cuh"
 #include "products.h"
@@ -67,6 +68,31 @@ bool is_settled(const at::Tensor& M, c10::cuda::CUDAStream stream) {
   return value < kSettled;
 }
 
+// The lower triangle of G (batch, extent, extent) becomes the inverse of its Cholesky factor.
+void invert_factor(const at::Tensor& G, float floor, c10::cuda::CUDAStream stream) {
+  const int64_t batch = G.size(0), extent = G.size(1);
+  const at::Tensor steps = at::empty({batch, step_elements(extent)}, G.options());
+  const Factorization state{G.mutable_data_ptr<float>(), steps.mutable_data_ptr<float>(), extent,
+                            floor};
+  const auto record = [&](void* where, cudaStream_t to) {
+    return launch_cholesky_steps(static_cast<Factorization*>(where), batch, extent, to);
+  };
+  if (is_capturing(stream)) {
+    const at::Tensor room =
+        at::empty({int64_t{sizeof(Factorization)}}, G.options().dtype(at::kByte));
+    void* where = room.mutable_data_ptr();
+    C10_CUDA_CHECK(launch_cholesky_start(state, static_cast<Factorization*>(where), batch, stream));
+    C10_CUDA_CHECK(record(where, stream));
+    return;
+  }
+  const auto one = sequence(SequenceOf::kFactorization, batch, extent, sizeof(Factorization),
+                            G.options(), stream, record);
+  const std::lock_guard<std::mutex> lock(one->in_use);
+  auto* where = static_cast<Factorization*>(one->where.mutable_data_ptr());
+  C10_CUDA_CHECK(launch_cholesky_start(state, where, batch, stream));
+  if (extent > kTile) C10_CUDA_CHECK(cudaGraphLaunch(one->graph, stream));
+}
+
 // One pass. With `ask`, kMore becomes kLast where the pivots allow; `kind` says which it was.
 at::Tensor make_pass(const at::Tensor& X, float dead, uint32_t seed, bool ask, Pass& kind) {
   const int64_t batch = X.size(0), rows = X.size(1), columns = X.size(2);
@@ -78,12 +104,7 @@ at::Tensor make_pass(const at::Tensor& X, float dead, uint32_t seed, bool ask, P
   at::Tensor G = at::empty({batch, extent, extent}, options);
   at::Tensor normalizer = at::empty({batch, columns}, options);
   gram_from_pieces(pieces, scales, G, normalizer.mutable_data_ptr<float>());
-  {
-    const at::Tensor steps = at::empty({batch, step_elements(extent)}, options);
-    C10_CUDA_CHECK(
-        launch_cholesky_inverse(G.mutable_data_ptr<float>(), steps.mutable_data_ptr<float>(), batch,
-                                extent, kind == Pass::kQuick ? kQuickFloor : kPivotFloor, stream));
-  }
+  invert_factor(G, kind == Pass::kQuick ? kQuickFloor : kPivotFloor, stream);
   if (ask && is_settled(G, stream)) kind = Pass::kLast;
   const bool last = kind == Pass::kLast;
   at::Tensor stack = at::empty({batch, 2, padded, padded}, pieces.data.options());

@@ -26,6 +26,7 @@
 #include <tuple>
 
 #include "checks.h"
+#include "graphs.h"
 #include "kernels/jacobi.cuh"
 #include "ops.h"
 
@@ -101,53 +102,6 @@ State& state_of(const Solver& solver, int device, cudaStream_t stream) {
 // Up to here cuSOLVER keeps a matrix in one CTA's shared memory, in one kernel.
 constexpr int64_t kLibraryColumns = 128;
 
-// The kernels of a sweep as one launch: ten to sixty of them cost the host more than the device.
-struct SweepGraph {
-  at::Tensor where;  // the state, which they read
-  cudaGraphExec_t graph = nullptr;
-};
-
-// Sizes that are kept for a stream; more than a model has.
-constexpr size_t kMostGraphs = 64;
-
-Jacobi* state_in(const at::Tensor& where) {
-  return reinterpret_cast<Jacobi*>(where.mutable_data_ptr<uint8_t>());
-}
-
-at::Tensor room_for_state(const at::TensorOptions& options) {
-  return at::empty({static_cast<int64_t>(sizeof(Jacobi))}, options.dtype(at::kByte));
-}
-
-// The graph for a size on the current stream, where calls run one after the other.
-const SweepGraph& sweep_graph(const at::TensorOptions& options, int64_t batch, int64_t extent,
-                              c10::cuda::CUDAStream stream) {
-  using Sizes = std::map<std::pair<int64_t, int64_t>, SweepGraph>;
-  static std::mutex mutex;
-  // Never destroyed: the driver may be gone by then.
-  static auto& all = *new std::map<std::pair<int, cudaStream_t>, Sizes>;
-  const std::lock_guard<std::mutex> lock(mutex);
-  Sizes& sizes = all[{stream.device_index(), stream.stream()}];
-  const auto known = sizes.find({batch, extent});
-  if (known != sizes.end()) return known->second;
-  if (sizes.size() >= kMostGraphs) {
-    // A graph that still runs is destroyed when it has.
-    for (auto& entry : sizes) C10_CUDA_CHECK(cudaGraphExecDestroy(entry.second.graph));
-    sizes.clear();
-  }
-  SweepGraph made{room_for_state(options)};
-  cudaStream_t aside;
-  C10_CUDA_CHECK(cudaStreamCreateWithFlags(&aside, cudaStreamNonBlocking));
-  C10_CUDA_CHECK(cudaStreamBeginCapture(aside, cudaStreamCaptureModeThreadLocal));
-  const cudaError_t status = launch_jacobi_sweep(state_in(made.where), batch, extent, aside);
-  cudaGraph_t graph = nullptr;
-  C10_CUDA_CHECK(cudaStreamEndCapture(aside, &graph));
-  C10_CUDA_CHECK(status);
-  C10_CUDA_CHECK(cudaGraphInstantiate(&made.graph, graph, 0));
-  C10_CUDA_CHECK(cudaGraphDestroy(graph));
-  C10_CUDA_CHECK(cudaStreamDestroy(aside));
-  return sizes.emplace(std::make_pair(batch, extent), std::move(made)).first->second;
-}
-
 // Sweeps until every matrix has settled. The next sweep is queued before the count of the last one
 // is looked at, so that the device does not wait for the host; at most one sweep is for nothing.
 void sweep(cudaGraphExec_t graph, const int* left, c10::cuda::CUDAStream stream) {
@@ -191,16 +145,23 @@ std::tuple<at::Tensor, at::Tensor> by_jacobi(const at::Tensor& H) {
                        left.mutable_data_ptr<int>(),
                        batch,
                        extent};
-    const SweepGraph once{captured ? room_for_state(options) : at::Tensor()};
-    const SweepGraph& sweeps = captured ? once : sweep_graph(options, batch, extent, stream);
-    Jacobi* where = state_in(sweeps.where);
-    C10_CUDA_CHECK(launch_jacobi_start(state, where, kept.const_data_ptr<float>(), l, stream));
     if (captured) {
+      const at::Tensor room = at::empty({int64_t{sizeof(Jacobi)}}, options.dtype(at::kByte));
+      auto* where = static_cast<Jacobi*>(room.mutable_data_ptr());
+      C10_CUDA_CHECK(launch_jacobi_start(state, where, kept.const_data_ptr<float>(), l, stream));
       for (int s = 0; s < kMaxSweeps; ++s) {
         C10_CUDA_CHECK(launch_jacobi_sweep(where, batch, extent, stream));
       }
     } else {
-      sweep(sweeps.graph, left.const_data_ptr<int>(), stream);
+      const auto one =
+          sequence(SequenceOf::kSweep, batch, extent, sizeof(Jacobi), options, stream,
+                   [&](void* where, cudaStream_t aside) {
+                     return launch_jacobi_sweep(static_cast<Jacobi*>(where), batch, extent, aside);
+                   });
+      const std::lock_guard<std::mutex> lock(one->in_use);
+      auto* where = static_cast<Jacobi*>(one->where.mutable_data_ptr());
+      C10_CUDA_CHECK(launch_jacobi_start(state, where, kept.const_data_ptr<float>(), l, stream));
+      sweep(one->graph, left.const_data_ptr<int>(), stream);
     }
   }
   const auto [values, order] = work.diagonal(0, 1, 2).narrow(1, 0, l).sort(-1, /*descending=*/true);

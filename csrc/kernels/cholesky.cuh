@@ -20,9 +20,16 @@ constexpr float kLeftOut = 0.5f;
 
 __device__ inline bool left_out(float diagonal) { return diagonal < 0.75f; }
 
-// What a step hands from launch to launch, for each matrix of t tiles a side.
-//   slots  t tiles: panels of the blocks below, transposed
-//   MT     1 tile:  M_kk transposed
+// A batch while it is being factored; the extent is a multiple of 64.
+struct Factorization {
+  float* A;      // (batch, extent, extent)
+  float* steps;  // (batch, tiles + 1, 64, 64) what a step hands from launch to launch:
+                 //   tiles  panels of the blocks below, transposed
+                 //   1      M_kk transposed
+  int64_t extent;
+  float floor;  // pivots up to here are left out
+};
+
 inline int64_t step_elements(int64_t extent) { return (extent / kTile + 1) * kTileElements; }
 
 // Shared memory of a factorisation: M; line k and line k + 1, a line being row k left of the
@@ -131,13 +138,13 @@ __device__ inline void factor_tile(float (&a)[4][4], TilePlace at, float floor, 
 
 /// M = L_kk^-1 of the first diagonal block, in its place, and transposed for the panels.
 ///
-/// A      (batch, extent, extent)      float32
-/// steps  (batch, tiles + 1, 64, 64)   float32
+/// where  the state is put, for the kernels of the steps
 static __global__ void __launch_bounds__(kTileThreads)
-    factor_kernel(float* __restrict__ A, float* __restrict__ steps, int64_t extent, float floor) {
+    factor_kernel(Factorization state, Factorization* where) {
+  if (blockIdx.x + threadIdx.x == 0) *where = state;
   __shared__ float4 shared[kFactorElements / 4];
-  const int64_t tiles = extent / kTile;
-  float* target = A + static_cast<int64_t>(blockIdx.x) * extent * extent;
+  const int64_t extent = state.extent, tiles = extent / kTile;
+  float* target = state.A + static_cast<int64_t>(blockIdx.x) * extent * extent;
   const TilePlace at(threadIdx.x);
   float a[4][4];
 #pragma unroll
@@ -148,26 +155,25 @@ static __global__ void __launch_bounds__(kTileThreads)
     a[r][2] = v.z;
     a[r][3] = v.w;
   }
-  factor_tile(a, at, floor, reinterpret_cast<float*>(shared));
+  factor_tile(a, at, state.floor, reinterpret_cast<float*>(shared));
   store_rows(target, extent, at, a);
-  store_columns(steps + (blockIdx.x * (tiles + 1) + tiles) * kTileElements, kTile, at, a);
+  store_columns(state.steps + (blockIdx.x * (tiles + 1) + tiles) * kTileElements, kTile, at, a);
 }
 
 /// Left of diagonal block k the rows of the inverse, T_kj <- M_k T_kj, in place; below it, in
 /// slots, the panel, (L_ik)^T = M_k A_ik^T, without what is left out.
-///
-/// A      (batch, extent, extent)      float32
-/// steps  (batch, tiles + 1, 64, 64)   float32
 static __global__ void __launch_bounds__(kTileThreads)
-    panel_kernel(float* __restrict__ A, float* __restrict__ steps, int64_t extent, int k) {
+    panel_kernel(const Factorization* where, int k) {
+  const Factorization state = *where;
+  const int64_t extent = state.extent;
   const int i = blockIdx.x, t = threadIdx.x;
   if (i == k) return;
   __shared__ float4 shared[2 * kTileElements / 4];
   float* MT = reinterpret_cast<float*>(shared);
   float* right = MT + kTileElements;
   const int64_t tiles = extent / kTile;
-  float* a = A + static_cast<int64_t>(blockIdx.y) * extent * extent;
-  float* slots = steps + static_cast<int64_t>(blockIdx.y) * (tiles + 1) * kTileElements;
+  float* a = state.A + static_cast<int64_t>(blockIdx.y) * extent * extent;
+  float* slots = state.steps + static_cast<int64_t>(blockIdx.y) * (tiles + 1) * kTileElements;
   const float4* from = reinterpret_cast<const float4*>(slots + tiles * kTileElements);
   float* row_k = a + static_cast<int64_t>(k) * kTile * extent + i * kTile;
   const float* column_k = a + static_cast<int64_t>(i) * kTile * extent + k * kTile;
@@ -210,20 +216,18 @@ static __global__ void __launch_bounds__(kTileThreads)
 /// What eliminating block k leaves of block (i, j), i > k, j <= i: A_ij - L_ik L_jk^T right of k,
 /// -L_ik M_k in k, T_ij - L_ik T_kj left of it. Block (k + 1, k + 1) becomes M_(k + 1), and that
 /// transposed goes to the panels.
-///
-/// A      (batch, extent, extent)      float32
-/// steps  (batch, tiles + 1, 64, 64)   float32
 static __global__ void __launch_bounds__(kTileThreads)
-    update_kernel(float* __restrict__ A, float* __restrict__ steps, int64_t extent, int k,
-                  float floor) {
+    update_kernel(const Factorization* where, int k) {
+  const Factorization state = *where;
+  const int64_t extent = state.extent;
   // Those that go on to factor come first: they take longest.
   const int tiles = static_cast<int>(extent / kTile);
   const int i = k + 1 + blockIdx.y, j = (k + 1 + blockIdx.z) % tiles, t = threadIdx.x;
   if (j > i) return;
   __shared__ float4 shared[2 * kTileElements / 4];
   static_assert(kFactorElements <= 2 * kTileElements, "both tiles make room for a factor");
-  float* a = A + static_cast<int64_t>(blockIdx.x) * extent * extent;
-  float* slots = steps + static_cast<int64_t>(blockIdx.x) * (tiles + 1) * kTileElements;
+  float* a = state.A + static_cast<int64_t>(blockIdx.x) * extent * extent;
+  float* slots = state.steps + static_cast<int64_t>(blockIdx.x) * (tiles + 1) * kTileElements;
   const float4* left = reinterpret_cast<const float4*>(slots + i * kTileElements);
   const float* right = j > k ? slots + j * kTileElements : a + (k * extent + j) * kTile;
   const int64_t stride = j > k ? kTile : extent;
@@ -253,7 +257,7 @@ static __global__ void __launch_bounds__(kTileThreads)
   }
   if (i == k + 1 && j == i) {
     __syncthreads();
-    factor_tile(sum, at, floor, tile);
+    factor_tile(sum, at, state.floor, tile);
     store_columns(slots + tiles * kTileElements, kTile, at, sum);
   }
   store_rows(target, extent, at, sum);
@@ -261,20 +265,25 @@ static __global__ void __launch_bounds__(kTileThreads)
 
 inline int64_t factor_extent(int64_t columns) { return round_up(columns, kTile); }
 
-// The lower triangle of each A (batch, extent, extent), symmetric with a unit diagonal, becomes
-// M = L^-1; the upper one is not read above its diagonal tiles. Columns with pivots up to `floor`
-// are left out: 1/2 on the diagonal of M. `steps` is scratch of batch * step_elements(extent)
-// floats.
-inline cudaError_t launch_cholesky_inverse(float* A, float* steps, int64_t batch, int64_t extent,
-                                           float floor, cudaStream_t stream) {
+// The lower triangle of each A, symmetric with a unit diagonal, becomes M = L^-1; the upper one is
+// not read above its diagonal tiles. Columns that are left out have 1/2 on the diagonal of M.
+// The first step; those of launch_cholesky_steps must follow.
+inline cudaError_t launch_cholesky_start(const Factorization& state, Factorization* where,
+                                         int64_t batch, cudaStream_t stream) {
+  factor_kernel<<<static_cast<unsigned>(batch), kTileThreads, 0, stream>>>(state, where);
+  return cudaGetLastError();
+}
+
+// The other steps of the state that was put to `where`; none for a single tile. What is launched
+// depends on its batch and extent alone.
+inline cudaError_t launch_cholesky_steps(const Factorization* where, int64_t batch, int64_t extent,
+                                         cudaStream_t stream) {
   const unsigned tiles = static_cast<unsigned>(extent / kTile);
   const unsigned count = static_cast<unsigned>(batch);
-  factor_kernel<<<count, kTileThreads, 0, stream>>>(A, steps, extent, floor);
   for (unsigned k = 0; k < tiles && tiles > 1; ++k) {
-    panel_kernel<<<dim3(tiles, count), kTileThreads, 0, stream>>>(A, steps, extent, k);
+    panel_kernel<<<dim3(tiles, count), kTileThreads, 0, stream>>>(where, k);
     if (k + 1 == tiles) break;
-    update_kernel<<<dim3(count, tiles - k - 1, tiles), kTileThreads, 0, stream>>>(A, steps, extent,
-                                                                                  k, floor);
+    update_kernel<<<dim3(count, tiles - k - 1, tiles), kTileThreads, 0, stream>>>(where, k);
   }
   return cudaGetLastError();
 }

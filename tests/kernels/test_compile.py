@@ -30,7 +30,9 @@ void use(float* f, double* d, uint32_t* u, __half* h, __nv_bfloat16* b, Jacobi j
   launch_stack_halves<__half>({{h, 1, 1}}, h, u, 1, 0);
   launch_stack_halves<__nv_bfloat16>({{b, 1, 1}}, h, u, 1, 0);
   launch_triangle_pieces(f, f, h, f, 1, 1, 64, 0);
-  launch_cholesky_inverse(f, f, 1, 64, 0, 0);
+  Factorization c{f, f, 64, 0};
+  launch_cholesky_start(c, &c, 1, 0);
+  launch_cholesky_steps(&c, 1, 64, 0);
   launch_mend_columns(f, f, 1, 1, 1, 64, 1, 0);
   launch_least_pivot(f, u, 1, 64, 0);
   launch_jacobi_start(j, &j, f, 1, 0);

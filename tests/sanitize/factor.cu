@@ -206,8 +206,11 @@ class Pass {
   void check_cholesky(const Buffer<float>& G) {
     const std::vector<float> A = G.read();
     const Buffer<float> steps(shape_.batch * step_elements(extent_));
-    LORAX_RUN(
-        launch_cholesky_inverse(G.data(), steps.data(), shape_.batch, extent_, kFloor, nullptr));
+    const Buffer<unsigned char> room(sizeof(Factorization));
+    auto* where = reinterpret_cast<Factorization*>(room.data());
+    const Factorization state{G.data(), steps.data(), extent_, kFloor};
+    LORAX_RUN(launch_cholesky_start(state, where, shape_.batch, nullptr));
+    LORAX_RUN(launch_cholesky_steps(where, shape_.batch, extent_, nullptr));
     const std::vector<float> got = G.read();
     Expect expect("factor_kernel, panel_kernel, update_kernel, %ld columns", shape_.columns);
     for (int64_t b = 0; b < shape_.batch; ++b) {
