@@ -2,8 +2,6 @@
 // From products of pieces back to float32 blocks. sm_80 and newer; memory-bound.
 #pragma once
 
-#include <algorithm>
-
 #include "split.cuh"
 
 namespace lorax {
@@ -114,10 +112,8 @@ inline cudaError_t launch_correct(const uint32_t* largest, const uint32_t* also,
                                   cudaStream_t stream) {
   constexpr int kThreads = 1024;
   const int64_t size = rows * columns;
-  // Rarely more than a question: few CTAs over a batch, because beside products each waits for
-  // room.
-  const int64_t blocks = std::min(ceil_div(32, batch), ceil_div(size, kThreads));
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(batch));
+  const dim3 grid(static_cast<unsigned>(rare_blocks(batch, ceil_div(size, kThreads))),
+                  static_cast<unsigned>(batch));
   correct_kernel<<<grid, kThreads, 0, stream>>>(largest, also, C, size);
   return cudaGetLastError();
 }

@@ -6,12 +6,13 @@
 // float16 pieces carry 11 bits each, so two reach 22, but only of elements in their range. Either
 // each column is scaled to a norm of 2^13..2^14 (columns.cuh), or the whole block by 2^11: enough
 // for what an iteration multiplies, whose elements are at most about 1. A block that is larger than
-// 16 or smaller than 2^-8 throughout is found out while it is split, and split again by the CTA
-// that is done last.
+// 16 or smaller than 2^-8 throughout is found out while it is split, and split again.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <algorithm>
 
 #include "launch.cuh"
 #include "widen.cuh"
@@ -28,7 +29,8 @@ constexpr int kBlockExponent = 11;
 enum class Scaling {
   kNone,     // bfloat16
   kColumns,  // by `scale`; a column of scale 0 becomes noise of norm 2^14
-  kBlock,    // by 2^11, and again where the largest element asks for another power of two
+  kBlock,    // by 2^11, and the largest element is noted
+  kAgain,    // by what kBlock should have used, where that is not 2^11; else nothing is written
 };
 
 // The power of two that suits a block, from the bit pattern of its largest |element|.
@@ -64,33 +66,6 @@ struct PieceLayout {
   int64_t batch_stride;
 };
 
-/// All threads, after their part of a block: the scale that suits it, in the last CTA of the block
-/// to get here; 2^11, with nothing left to do, in the others.
-///
-/// seen     bits of the largest |element| that this thread split
-/// largest  that of the block, in the end
-/// done     CTAs of the block that got here
-__device__ inline float suited_scale(uint32_t seen, uint32_t* largest, uint32_t* done) {
-  __shared__ uint32_t warps[kSplitThreads / 32];
-  __shared__ float scale;
-  const int t = threadIdx.y * blockDim.x + threadIdx.x;
-  seen = __reduce_max_sync(0xffffffffu, seen);
-  if (t % 32 == 0) warps[t / 32] = seen;
-  __syncthreads();
-  if (t == 0) {
-    for (int w = 1; w < kSplitThreads / 32; ++w) seen = max(seen, warps[w]);
-    atomicMax(largest, seen);
-    // What this CTA saw and wrote comes before its being done: the last one reads the former, and
-    // may write over the latter.
-    __threadfence();
-    const bool is_last = atomicAdd(done, 1u) + 1 == gridDim.x * gridDim.y;
-    if (is_last) __threadfence();
-    scale = is_last ? block_scale(atomicMax(largest, 0u)) : scalbnf(1.f, kBlockExponent);
-  }
-  __syncthreads();
-  return scale;
-}
-
 /// X[b][i][j] * scale = P_0 + P_1 + ..., each piece the rounding of what the ones before left.
 ///
 /// Columns from `columns` to `padded_columns(columns)` are written as zeros.
@@ -101,8 +76,8 @@ __device__ inline float suited_scale(uint32_t seen, uint32_t* largest, uint32_t*
 /// kAligned     rows of X start at multiples of 32 bytes
 /// X            (batch, rows, columns) float32, contiguous
 /// scale        (batch, columns)       float32 for kColumns, else null
-/// largest      (2, batch)             for kBlock, zeros before: bits of the largest |X|, float32,
-///                                     and CTAs that are done; else null
+/// largest      (batch,)               bits of the largest |X|, float32: written by kBlock into
+///                                     zeros, read by kAgain; else null
 /// pieces       (batch, ...)           Piece, as `layout` says
 template <typename Piece, int kPieces, Scaling kScaling, bool kAligned>
 static __global__ void __launch_bounds__(kSplitThreads)
@@ -110,72 +85,84 @@ static __global__ void __launch_bounds__(kSplitThreads)
                  uint32_t* __restrict__ largest, Piece* __restrict__ pieces, int64_t rows,
                  int64_t columns, PieceLayout layout, uint32_t seed) {
   const int64_t batch = blockIdx.z;
-  const float amplitude = scalbnf(sqrtf(3.f / static_cast<float>(rows)), kPieceExponent);
-  // Rows from `first` on, `step` apart, of this thread's columns of a chunk; what it saw of them.
-  const auto split_rows = [&](int64_t chunk, int64_t first, int64_t step, float common) {
-    uint32_t seen = 0;
-    const int64_t column = (chunk * blockDim.x + threadIdx.x) * kSplitWidth;
-    const bool inside = column < padded_columns(columns);
-    const float* block = X + batch * rows * columns + column;
-    Piece* out = pieces + batch * layout.batch_stride + column;
-    float s[kSplitWidth];
-    if constexpr (kScaling == Scaling::kColumns) {
+  const int64_t chunk = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
+  const int64_t column = chunk * kSplitWidth;
+  const bool inside = column < padded_columns(columns);
+  const float* block = X + batch * rows * columns + column;
+  Piece* out = pieces + batch * layout.batch_stride + column;
+  float s[kSplitWidth];
+  if constexpr (kScaling == Scaling::kColumns) {
 #pragma unroll
-      for (int c = 0; c < kSplitWidth; ++c) {
-        s[c] = column + c < columns ? scale[batch * columns + column + c] : 1.f;
-      }
-    }
-#pragma unroll 4
-    for (int64_t row = first; row < rows; row += step) {
-      if (!inside) continue;
-      float v[kSplitWidth];
-      if constexpr (kAligned) {
-        const float4* x = reinterpret_cast<const float4*>(block + row * columns);
-        *reinterpret_cast<float4*>(v) = __ldg(x);
-        *reinterpret_cast<float4*>(v + 4) = __ldg(x + 1);
-      } else {
-#pragma unroll
-        for (int c = 0; c < kSplitWidth; ++c) {
-          v[c] = column + c < columns ? __ldg(block + row * columns + c) : 0.f;
-        }
-      }
-#pragma unroll
-      for (int c = 0; c < kSplitWidth; ++c) {
-        if constexpr (kScaling == Scaling::kColumns) {
-          v[c] = s[c] == 0.f ? amplitude * position_noise(row, column + c, seed) : v[c] * s[c];
-        } else if constexpr (kScaling == Scaling::kBlock) {
-          // Bit patterns of non-negative numbers are ordered as the numbers are, NaN above all.
-          seen = max(seen, __float_as_uint(v[c]) & 0x7fffffffu);
-          v[c] *= common;
-        }
-      }
-#pragma unroll
-      for (int p = 0; p < kPieces; ++p) {
-        alignas(16) Piece piece[kSplitWidth];
-#pragma unroll
-        for (int c = 0; c < kSplitWidth; ++c) {
-          to_piece(v[c], &piece[c]);
-          v[c] -= widen(piece[c]);
-        }
-        // Asked for by name: a plain assignment becomes four stores of four bytes.
-        __stwb(reinterpret_cast<uint4*>(out + row * layout.row_stride + p * layout.piece_stride),
-               *reinterpret_cast<const uint4*>(piece));
-      }
-    }
-    return seen;
-  };
-  const float usual = scalbnf(1.f, kBlockExponent);
-  const uint32_t seen =
-      split_rows(blockIdx.y, static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y,
-                 static_cast<int64_t>(gridDim.x) * blockDim.y, usual);
-  if constexpr (kScaling == Scaling::kBlock) {
-    const float suited = suited_scale(seen, largest + batch, largest + gridDim.z + batch);
-    if (suited == usual) return;
-    // Slow, by one CTA, and rare: a launch of its own would mostly wait for room to ask.
-    for (unsigned chunk = 0; chunk < gridDim.y; ++chunk) {
-      split_rows(chunk, threadIdx.y, blockDim.y, suited);
+    for (int c = 0; c < kSplitWidth; ++c) {
+      s[c] = column + c < columns ? scale[batch * columns + column + c] : 1.f;
     }
   }
+  float common = scalbnf(1.f, kBlockExponent);
+  if constexpr (kScaling == Scaling::kAgain) {
+    const float suits = block_scale(largest[batch]);
+    if (suits == common) return;
+    common = suits;
+  }
+  const float amplitude = scalbnf(sqrtf(3.f / static_cast<float>(rows)), kPieceExponent);
+  uint32_t seen = 0;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
+#pragma unroll 4
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < rows;
+       row += step) {
+    if (!inside) continue;
+    float v[kSplitWidth];
+    if constexpr (kAligned) {
+      const float4* x = reinterpret_cast<const float4*>(block + row * columns);
+      *reinterpret_cast<float4*>(v) = __ldg(x);
+      *reinterpret_cast<float4*>(v + 4) = __ldg(x + 1);
+    } else {
+#pragma unroll
+      for (int c = 0; c < kSplitWidth; ++c) {
+        v[c] = column + c < columns ? __ldg(block + row * columns + c) : 0.f;
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kSplitWidth; ++c) {
+      if constexpr (kScaling == Scaling::kColumns) {
+        v[c] = s[c] == 0.f ? amplitude * position_noise(row, column + c, seed) : v[c] * s[c];
+      } else if constexpr (kScaling != Scaling::kNone) {
+        if constexpr (kScaling == Scaling::kBlock) {
+          // Bit patterns of non-negative numbers are ordered as the numbers are, NaN above all.
+          seen = max(seen, __float_as_uint(v[c]) & 0x7fffffffu);
+        }
+        v[c] *= common;
+      }
+    }
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+      alignas(16) Piece piece[kSplitWidth];
+#pragma unroll
+      for (int c = 0; c < kSplitWidth; ++c) {
+        to_piece(v[c], &piece[c]);
+        v[c] -= widen(piece[c]);
+      }
+      // Asked for by name: a plain assignment becomes four stores of four bytes.
+      __stwb(reinterpret_cast<uint4*>(out + row * layout.row_stride + p * layout.piece_stride),
+             *reinterpret_cast<const uint4*>(piece));
+    }
+  }
+  if constexpr (kScaling == Scaling::kBlock) {
+    __shared__ uint32_t warps[kSplitThreads / 32];
+    const int t = threadIdx.y * blockDim.x + threadIdx.x;
+    seen = __reduce_max_sync(0xffffffffu, seen);
+    if (t % 32 == 0) warps[t / 32] = seen;
+    __syncthreads();
+    if (t == 0) {
+      for (int w = 1; w < kSplitThreads / 32; ++w) seen = max(seen, warps[w]);
+      atomicMax(largest + batch, seen);
+    }
+  }
+}
+
+// CTAs a matrix for what is mostly no more than a question: two for every multiprocessor of an H200
+// over a batch. Fewer are slow where the answer is yes, and more wait for room beside products.
+inline int64_t rare_blocks(int64_t batch, int64_t most) {
+  return std::min(ceil_div(264, batch), most);
 }
 
 // Threads of a CTA across the columns: a power of two, so that warps read whole rows.
@@ -185,16 +172,17 @@ inline dim3 split_threads(int64_t columns) {
   return dim3(across, kSplitThreads / across);
 }
 
-// Split of a batch of blocks. `largest` is 2 * batch zeros for kBlock, whose first half becomes
-// what block_scale takes; else null.
+// Split of a block; `again` repeats it for the matrices that 2^11 did not suit, and only those.
 template <typename Piece, Scaling kScaling>
 inline cudaError_t launch_split(const float* X, const float* scale, uint32_t* largest,
                                 Piece* pieces, int count, int64_t batch, int64_t rows,
                                 int64_t columns, PieceLayout layout, uint32_t seed,
                                 cudaStream_t stream) {
   const dim3 threads = split_threads(columns);
-  // Eight rows a thread keep enough loads in flight.
-  const dim3 grid(static_cast<unsigned>(ceil_div(rows, threads.y * 8)),
+  // Eight rows a thread keep enough loads in flight; a repetition mostly only asks.
+  const int64_t blocks = ceil_div(rows, threads.y * 8);
+  const int64_t chunks = kScaling == Scaling::kAgain ? rare_blocks(batch, blocks) : blocks;
+  const dim3 grid(static_cast<unsigned>(chunks),
                   static_cast<unsigned>(ceil_div(padded_columns(columns), kSplitWidth * threads.x)),
                   static_cast<unsigned>(batch));
   const bool aligned =

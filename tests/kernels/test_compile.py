@@ -17,6 +17,7 @@ LAUNCHES = """
 void use(float* f, double* d, uint32_t* u, __half* h, __nv_bfloat16* b, Jacobi j, int* i) {
   const PieceLayout at{8, 8, 8};
   launch_split<__half, Scaling::kBlock>(f, f, u, h, 1, 1, 1, 1, at, 0, 0);
+  launch_split<__half, Scaling::kAgain>(f, f, u, h, 1, 1, 1, 1, at, 0, 0);
   launch_split<__half, Scaling::kColumns>(f, f, u, h, 1, 1, 1, 1, at, 0, 0);
   launch_split<__nv_bfloat16, Scaling::kNone>(f, f, u, b, 1, 1, 1, 1, at, 0, 0);
   launch_column_scales(f, d, f, f, 1, 1, 1, 0, 0);
