@@ -30,6 +30,7 @@ CUDA_SOURCES = [
     "csrc/narrow.cu",
     "csrc/orthonormalize.cu",
     "csrc/shift.cu",
+    "csrc/subspace_error.cu",
     "csrc/stack.cu",
     "csrc/symmetric_eigh.cu",
     "csrc/project.cu",

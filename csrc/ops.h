@@ -15,6 +15,8 @@ at::Tensor gram(const at::Tensor& X, at::ScalarType dtype);
 at::Tensor gram_halves(const at::Tensor& X);
 at::Tensor orthonormalize(const at::Tensor& X, bool quick);
 std::tuple<at::Tensor, at::Tensor> symmetric_eigh(const at::Tensor& H);
+at::Tensor subspace_error(const at::Tensor& C, const at::Tensor& theta, int64_t known, int64_t k,
+                          int64_t rows);
 at::Tensor rotate(const at::Tensor& X, const at::Tensor& R);
 at::Tensor cholesky_qr(const at::Tensor& X);
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> ritz(const at::Tensor& Q,

@@ -12,6 +12,7 @@ TORCH_LIBRARY_IMPL(lorax_kernels, CUDA, m) {
   m.impl("orthonormalize", TORCH_FN(lorax::orthonormalize));
   m.impl("symmetric_eigh", TORCH_FN(lorax::symmetric_eigh));
   m.impl("rotate", TORCH_FN(lorax::rotate));
+  m.impl("subspace_error", TORCH_FN(lorax::subspace_error));
   m.impl("cholesky_qr", TORCH_FN(lorax::cholesky_qr));
   m.impl("ritz", TORCH_FN(lorax::ritz));
   m.impl("stack_halves", TORCH_FN(lorax::stack_halves));

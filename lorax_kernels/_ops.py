@@ -143,6 +143,32 @@ def _symmetric_eigh_fake(H: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return H.new_empty(H.shape[0], H.shape[1]), H.new_empty(H.shape)
 
 
+def check_subspace_error(C: torch.Tensor, theta: torch.Tensor, known: int, k: int) -> None:
+    """Raises ValueError or TypeError unless `subspace_error` can take these arguments."""
+    for name, X in (("C", C), ("theta", theta)):
+        if X.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be float32 or float64, got {X.dtype}; convert it first")
+    if theta.dim() != 2:
+        raise ValueError(f"theta must be (b, l), got shape {tuple(theta.shape)}")
+    b, l = theta.shape
+    if tuple(C.shape) not in ((b, l, l), (b, l)):
+        raise ValueError(
+            f"C must be {(b, l, l)}, or {(b, l)} of squared lengths, beside theta {(b, l)}; got "
+            f"{tuple(C.shape)}"
+        )
+    for name, number in (("known", known), ("k", k)):
+        if not 1 <= number <= l:
+            raise ValueError(f"{name} must be from 1 to the {l} values, got {number}")
+    _same("devices of C and theta", C.device, theta.device)
+
+
+def _subspace_error_fake(
+    C: torch.Tensor, theta: torch.Tensor, known: int, k: int, rows: int
+) -> torch.Tensor:
+    check_subspace_error(C, theta, known, k)
+    return C.new_empty(3, C.shape[0], dtype=torch.float64)
+
+
 def check_rotate(X: torch.Tensor, R: torch.Tensor) -> None:
     """Raises ValueError or TypeError unless `rotate` can take these arguments."""
     _block("X", X, (torch.float32,))
@@ -264,6 +290,11 @@ _define("orthonormalize", "(Tensor X, bool quick) -> Tensor", _orthonormalize_fa
 _define("cholesky_qr", "(Tensor X) -> Tensor", _cholesky_qr_fake)
 _define("ritz", "(Tensor Q, Tensor B, int k) -> (Tensor, Tensor, Tensor, Tensor)", _ritz_fake)
 _define("symmetric_eigh", "(Tensor H) -> (Tensor, Tensor)", _symmetric_eigh_fake)
+_define(
+    "subspace_error",
+    "(Tensor C, Tensor theta, int known, int k, int rows) -> Tensor",
+    _subspace_error_fake,
+)
 _define("rotate", "(Tensor X, Tensor R) -> Tensor", _rotate_fake)
 _define("shift", "(Tensor Z, Tensor X, Tensor a, Tensor s) -> Tensor", _shift_fake)
 _define("project", "(Tensor[] blocks, Tensor[] read, Tensor[] write) -> Tensor[]", _project_fake)

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from . import _backends, ops
-from ._estimates import outside_error, residual_error
 from ._operator import Operator, Stack
 from ._steering import ENOUGH, LEAST_END, SHORT_CYCLES, Cycle, Facts, batches, next_cycles
 
@@ -169,10 +168,11 @@ def _glance(
     squares = squares.gather(1, order)
     # Of the columns beyond k, the last ones hold the block's end between them.
     theta[:, -1] = theta[:, -max(1, theta.shape[1] // 16) :].mean(dim=1)
-    error = planned = outside_error(squares, theta, theta[:, -1:], k, A.rows)
-    if known < theta.shape[1]:
-        error = outside_error(squares, theta, theta[:, known - 1 : known], k, A.rows)
-    values = (quotients, theta, error, planned, torch.zeros_like(planned))
+    width = theta.shape[1]
+    error, planned, mixed = ops.subspace_error(squares, theta, width, k, A.rows, backend=A.backend)
+    if known < width:
+        error = ops.subspace_error(squares, theta, known, k, A.rows, backend=A.backend)[0]
+    values = (quotients, theta, error, planned, mixed)
     return _Ritz(False, Q, Y, Z, None if Y is None else rho, None, *values)
 
 
@@ -203,10 +203,7 @@ def _rayleigh_ritz(
         else:
             rho = torch.addcmul(Z, Q, theta.float()[:, None], value=-1)
     C = ops.gram(rho, backend=backend)
-    # There is an eigenvalue within the residual of a Ritz value.
-    within = torch.diagonal(C, dim1=1, dim2=2)[:, -1:].double().clamp_min(0).sqrt()
-    end = torch.maximum(theta[:, known - 1 : known], theta[:, -1:] + within)
-    error, planned, mixed = residual_error(C, theta, end, k, A.rows)
+    error, planned, mixed = ops.subspace_error(C, theta, known, k, A.rows, backend=backend)
     values = (theta.float(), theta, error, planned.clamp_max(1), mixed)
     return _Ritz(True, Q, Y, Z, None if put_off is None else rho, put_off, *values)
 

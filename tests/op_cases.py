@@ -150,3 +150,13 @@ def extremes(
         M[-1 if i % 2 else 0, 0 if i % 2 else -1] = entry
         matrices.append(M.to(dtype))
     return matrices, torch.tensor(deciding, device=device).abs()
+
+
+def residuals(
+    batch: int, l: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gram matrices `(b, l, l)` of small residuals and descending values `(b, l)` well apart."""
+    rho = 1e-3 * torch.randn(batch, l + 3, l, dtype=torch.float64)
+    theta = 2 - torch.arange(l, dtype=torch.float64) / l + 0.1 / l * torch.rand(batch, l).double()
+    C = rho.mT @ rho
+    return C.to(device, dtype), theta.to(device, dtype)

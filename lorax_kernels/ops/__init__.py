@@ -11,5 +11,6 @@ from .ritz import ritz as ritz
 from .rotate import rotate as rotate
 from .shift import shift as shift
 from .stack_halves import stack_halves as stack_halves
+from .subspace_error import subspace_error as subspace_error
 from .symmetric_eigh import symmetric_eigh as symmetric_eigh
 from .thin_matmul import thin_matmul as thin_matmul

@@ -282,6 +282,27 @@ def test_orthonormalize_hard(backend: str, n_l: tuple[int, int], name: str) -> N
     assert cases.orthogonality(Q) < cases.ORTHONORMAL_TOLERANCE
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float64, torch.float32)], ids=str)
+@pytest.mark.parametrize("l", [1, 2, 63, 199, 1025])
+def test_subspace_error(backend: str, l: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    C, theta = (x.to(t) for x, t in zip(cases.residuals(3, l, "cuda"), dtypes, strict=True))
+    theta[1] = theta[1, :1]  # none is told from another
+    C[2, l // 2, l // 2] = torch.nan
+    for k in {1, (l + 1) // 2, max(1, l - 1), l}:
+        for known in {k, l}:
+            for given in (C, torch.diagonal(C, dim1=1, dim2=2)):
+                found = ops.subspace_error(given, theta, known, k, 4096, backend=backend)
+                expected = ops.subspace_error(given.cpu(), theta.cpu(), known, k, 4096)
+                torch.testing.assert_close(found.cpu(), expected, rtol=1e-9, atol=0, equal_nan=True)
+
+
+def test_subspace_error_is_repeatable() -> None:
+    C, theta = cases.residuals(7, 320, "cuda")
+    first = ops.subspace_error(C, theta, 320, 200, 4096, backend="cuda")
+    assert torch.equal(first, ops.subspace_error(C, theta, 320, 200, 4096, backend="cuda"))
+    assert ops.subspace_error(C[:0], theta[:0], 320, 200, 4096, backend="cuda").shape == (3, 0)
+
+
 def test_orthonormalize_in_a_graph() -> None:
     """A captured call, which cannot ask whether it has settled, still settles."""
     X = cases.hard_blocks(300, 96, device="cuda")["condition 1e7"]

@@ -39,6 +39,7 @@ void use(float* f, double* d, uint32_t* u, __half* h, __nv_bfloat16* b, Jacobi j
   launch_jacobi_start(j, &j, f, 1, 0);
   launch_jacobi_sweep(&j, 1, 64, 0);
   launch_shift(f, f, f, f, f, 1, 1, 1, 0);
+  launch_subspace_error(f, f, d, true, 1, 1, 1, 1, {0, 0, 0}, 0);
   const NarrowGram gram = narrow_gram(f, d, 1);
   const NarrowProduct product{f, d, f, 1};
   launch_narrow_gram(gram, gram, 2, 1, 1, 0);

@@ -36,6 +36,7 @@ def _inputs(n: int, l: int) -> dict[str, tuple]:
         "cholesky_qr": (X,),
         "ritz": (torch.linalg.qr(X).Q, torch.randn(2, 7, l), 1),
         "symmetric_eigh": (H + H.mT,),
+        "subspace_error": (H @ H.mT, torch.rand(2, l).sort(descending=True).values, l, 1, n),
         "rotate": (X, torch.randn(2, l, 4)),
         "shift": (X, torch.randn(2, n, l), torch.randn(2), torch.randn(2, l)),
         "project": lists,
@@ -138,6 +139,46 @@ def test_orthonormalize_reference(name: str, quick: bool) -> None:
     assert bool(((Q * X).sum(1) >= -1e-5 * torch.linalg.vector_norm(X, dim=1)).all())
 
 
+@pytest.mark.parametrize("known", [5, 9])
+@pytest.mark.parametrize("k", [1, 4, 8, 9])
+def test_subspace_error_reference(k: int, known: int) -> None:
+    """Against the formulas, written out for one pair of vectors after the other."""
+    C, theta = cases.residuals(1, 9)
+    eps, rows = 2.0**-23, 300
+    c, t = C[0].double().tolist(), theta[0].double().tolist()
+    for is_full in (True, False):
+        end = max(t[known - 1], t[8] + c[8][8] ** 0.5) if is_full else t[known - 1]
+        least = eps * (4 * eps) ** 2 * rows * t[0]
+        gaps = [max(x - end, least) for x in t[:k]]
+        shift = [c[j][j] / max(t[j] - end, gaps[-1]) for j in range(9)]
+        outside = [c[i][i] / gaps[i] ** 2 for i in range(k)]
+        mixed, rounded = [0.0] * k, [0.0] * k
+        for i in range(k):
+            for j in range(k, 9):
+                apart = max(t[i] - shift[i] - t[j] - shift[j], 1e-300)
+                tilt = c[i][j] / (gaps[i] * apart)
+                turn = eps / 4 * (t[i] * t[j]) ** 0.5 / max(t[i] - t[j], 1e-300)
+                mixed[i] += tilt * tilt
+                rounded[i] += turn * turn
+        parts = [sum(x) for x in zip(outside, mixed, rounded, strict=True)]
+        error = [min(x, 1.0) for x in parts] if is_full else outside
+        sums = [sum(error), sum(outside), sum(min(x, 1.0) for x in mixed) if is_full else 0.0]
+        roots = [[(2 / k * x) ** 0.5] for x in sums]
+        expected = torch.tensor(roots, dtype=torch.float64)
+        given = C if is_full else torch.diagonal(C, dim1=1, dim2=2)
+        found = ops.subspace_error(given, theta, known, k, rows)
+        assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_subspace_error_of_what_is_not_a_number() -> None:
+    """It is no small error, whichever argument it is in."""
+    C, theta = cases.residuals(3, 9)
+    C[1, 2, 2] = torch.nan
+    theta[2] = torch.nan
+    found = ops.subspace_error(C, theta, 9, 4, 300)[0]
+    assert found.isnan().tolist() == [False, True, True]
+
+
 @pytest.mark.parametrize("name", sorted(cases.symmetric_matrices(2)))
 def test_symmetric_eigh_reference(name: str) -> None:
     H = cases.symmetric_matrices(63)[name]
@@ -172,6 +213,16 @@ BAD = {
         lambda: ops.thin_matmul(torch.ones(1, 2, 3), torch.ones(1, 2, 1)),
         ValueError,
         "inner sizes of W and X must agree, got 3 and 2",
+    ),
+    "subspace_error of other sizes": (
+        lambda: ops.subspace_error(torch.ones(1, 3, 2), torch.ones(1, 3), 3, 1, 9),
+        ValueError,
+        r"C must be \(1, 3, 3\), or \(1, 3\) of squared lengths, beside theta \(1, 3\)",
+    ),
+    "subspace_error beyond the values": (
+        lambda: ops.subspace_error(torch.ones(1, 3), torch.ones(1, 3), 3, 4, 9),
+        ValueError,
+        "k must be from 1 to the 3 values, got 4",
     ),
     "four pieces": (
         lambda: ops.thin_matmul(torch.ones(1, 2, 3), torch.ones(1, 3, 1), pieces=4),

@@ -3,6 +3,7 @@
 #include "check.h"
 #include "kernels/merge.cuh"
 #include "kernels/shift.cuh"
+#include "kernels/subspace_error.cuh"
 
 namespace lorax::check {
 namespace {
@@ -88,9 +89,55 @@ void check_shift(const Shape& shape, int offset) {
   }
 }
 
+void check_error(int64_t batch, int l, int k, bool is_full) {
+  std::vector<float> c = normals(batch * l * (is_full ? l : 1)), t(batch * l);
+  for (float& x : c) x = 1e-3f * std::fabs(x);
+  for (int64_t e = 0; e < batch * l; ++e) t[e] = 2.f - static_cast<float>(e % l) / l;
+  const Buffer<float> C(c), theta(t);
+  const Buffer<double> error(3 * batch);
+  LORAX_RUN(launch_subspace_error(C.data(), theta.data(), error.data(), is_full, batch, l, l, k,
+                                  {1e-12, 1e-7, 1e-8}, nullptr));
+  const std::vector<double> got = error.read();
+  Expect expect("subspace_error_kernel, %d of %d values", k, l);
+  for (int64_t b = 0; b < batch; ++b) {
+    const auto own = [&](int i) -> double {
+      return is_full ? c[(b * l + i) * l + i] : c[b * l + i];
+    };
+    const auto value = [&](int i) -> double { return t[b * l + i]; };
+    const double end = value(l - 1) + (is_full ? std::sqrt(own(l - 1)) : 0);
+    const double least = 1e-7 * 1e-12 * value(0);
+    const double last = std::max(value(k - 1) - end, least);
+    double sums[3] = {};
+    for (int i = 0; i < k; ++i) {
+      const double gap = std::max(value(i) - end, least), outside = own(i) / (gap * gap);
+      double mixed = 0, rounded = 0;
+      for (int j = k; j < l && is_full; ++j) {
+        const double apart = value(i) - own(i) / std::max(value(i) - end, last) - value(j) -
+                             own(j) / std::max(value(j) - end, last);
+        const double tilt = c[(b * l + i) * l + j] / (gap * std::max(apart, 1e-300));
+        const double turn = 1e-8 * std::sqrt(value(i) * value(j)) / (value(i) - value(j));
+        mixed += tilt * tilt;
+        rounded += turn * turn;
+      }
+      sums[0] += is_full ? std::min(1., outside + mixed + rounded) : outside;
+      sums[1] += outside;
+      sums[2] += std::min(1., mixed);
+    }
+    for (int s = 0; s < 3; ++s) {
+      const double wanted = std::sqrt(2. / k * sums[s]);
+      expect.near(got[s * batch + b], wanted, 1e-6 * wanted);
+    }
+  }
+}
+
 }  // namespace
 
 void check_merge() {
+  for (const bool is_full : {false, true}) {
+    check_error(1, 1, 1, is_full);
+    check_error(2, 63, 20, is_full);
+    check_error(3, 199, 198, is_full);
+  }
   for (const Shape& shape : kBlockShapes) {
     for (const bool flag : {false, true}) {
       check_sum(shape, 2, flag);
