@@ -36,7 +36,7 @@ _GROWTH_CAP_ROUNDED = 50.0
 # its own: none for a random block, and one more after each orthonormalisation, up to here, where
 # rounding holds as much as they do.
 _PURE = 2
-# Cycles that start with a glance; a warm start has one of them on a GPU, and none on a CPU.
+# Cycles that start with a glance; on a CPU a warm start has none.
 _GLANCES = 3
 # Degrees after which a block's random columns show where the eigenvalues outside begin.
 _FILTERED = 4
@@ -275,6 +275,7 @@ def _solve(
     stage: int,
     known: int,
     *,
+    is_cold: bool = False,
     is_hopeful: bool = False,
     is_quick: bool = False,
     glance: _Ritz | None = None,
@@ -283,9 +284,10 @@ def _solve(
 
     `left` is how many products may still be made; `stage` counts the cycles made, of which the
     first ones are short and start with a glance. The first `known` columns of the block hold the
-    leading directions, nearly; the others still any direction. `is_hopeful` says that the last
-    cycle should have been enough, and a `glance` at this block that it was. With `is_quick` the
-    block is orthonormal as a glance takes it, not as a look does.
+    leading directions, nearly; the others still any direction. `is_cold` says that the block is
+    that of a random start, `is_hopeful` that the last cycle should have been enough, and a `glance`
+    at this block that it was. With `is_quick` the block is orthonormal as a glance takes it, not as
+    a look does.
     """
     count, _, width = Q.shape
     if stage >= _GLANCES:
@@ -294,7 +296,7 @@ def _solve(
     if _is_glance(stage, left):
         # A first glance sees no error as small as what a rounded Gram matrix leaves; later ones do.
         both = is_hopeful or (A.G is not None and stage > 0)
-        ritz = _glance(A, Q, k, known, is_hopeful=both, is_first=stage == 0)
+        ritz = _glance(A, Q, k, known, is_hopeful=both, is_first=is_cold)
     else:
         ritz = _rayleigh_ritz(A, Q, k, known, glance)
     if known < width:
@@ -400,11 +402,13 @@ def iterate(
     spent = 0
     if not known:
         Q, spent = A.apply(Q), 2
-    # A good start needs no short cycles. On a GPU a look too early costs more than a glance.
-    stage = (_GLANCES - 1 if A.on_gpu else _GLANCES) if known else 0
+    # On a GPU a look too early costs more than a glance.
+    stage = _GLANCES if known and not A.on_gpu else 0
     left = max_passes - spent
     quick = _is_glance(stage, left)
     Q = ops.orthonormalize(Q, quick=quick, backend=backend)
-    found = _solve(A, Q, k, tol, left, stage, known or Q.shape[2], is_quick=quick)
+    is_cold = not known
+    known = known or Q.shape[2]
+    found = _solve(A, Q, k, tol, left, stage, known, is_cold=is_cold, is_quick=quick)
     found = replace(found, passes=found.passes + spent)
     return replace(found, U=found.V, V=found.U) if flipped else found

@@ -208,7 +208,7 @@ def main():
             keep(setting, row)
             if backend == "auto":
                 autos[setting] = row
-                if spectrum == "pow" and rank == 320 and not arguments.no_warm:
+                if rank == 320 and not arguments.no_warm:
                     keep(setting, warm(rank, weights, row["ms"], repeats, generator))
             del weights
         if setting in autos and "torch" in arguments.peers:

@@ -430,6 +430,7 @@ def test_smallest_of_each() -> None:
         assert Q.isfinite().all()
     values, _ = ops.symmetric_eigh(cases.symmetric_matrices(130, device="cuda")["Gram matrix"])
     assert values.isfinite().all()
+    ops.subspace_error(*cases.residuals(2, 70, "cuda"), 70, 40, 131, backend="cuda")
 
 
 @pytest.mark.parametrize(
