@@ -121,20 +121,20 @@ class _Ritz:
 
     def block(self, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Block and product with `A` for a filter to start from."""
-        if self.R is None:
-            assert self.Z is not None
-            return self.Q, self.Z
-        assert self.rho is not None
-        Q = ops.rotate(self.Q, self.R, backend=backend)
-        return Q, torch.addcmul(self.rho, Q, self.theta.float()[:, None])
+        Q, Z = self.Q, self.Z
+        if self.R is not None and self.rho is not None:
+            Q = ops.rotate(Q, self.R, backend=backend)
+            Z = torch.addcmul(self.rho, Q, self.theta.float()[:, None])
+        return Q, Z  # type: ignore[return-value]
 
     def leading(self, k: int, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first `k` Ritz vectors and their products with `W`."""
-        assert self.Y is not None
+        """The first `k` Ritz vectors of a look and their products with `W`."""
+        Q, Y = self.Q, self.Y
         if self.R is None:
-            return self.Q[:, :, :k].contiguous(), self.Y[:, :, :k].contiguous()
+            return Q[:, :, :k].contiguous(), Y[:, :, :k].contiguous()  # type: ignore[index]
         R = self.R[:, :, :k].contiguous()
-        return ops.rotate(self.Q, R, backend=backend), ops.rotate(self.Y, R, backend=backend)
+        Q = ops.rotate(Q, R, backend=backend)
+        return Q, ops.rotate(Y, R, backend=backend)  # type: ignore[arg-type]
 
 
 def _glance(

@@ -45,13 +45,14 @@ static __global__ void __launch_bounds__(kErrorThreads)
   double end = values[known - 1];
   // There is an eigenvalue within the residual of a Ritz value.
   if (kIsFull) end = larger(end, values[l - 1] + sqrt(larger(square(l - 1), 0.)));
-  const double floor = constants.floor * larger(values[0], kTiny);
+  // Not a number where the first value is infinite.
+  const double first = values[0], floor = constants.floor * larger(first, kTiny) + (first - first);
   const double least = constants.epsilon * floor;
   const double last_gap = larger(values[k - 1] - end, least);
   double outside_sum = 0, mixed_sum = 0, error_sum = 0;
   for (int i = warp; i < k; i += kErrorWarps) {
     const double value = values[i];
-    // Not what is not a number.
+    // What is not a number counts.
     if (value <= floor) continue;
     const double gap = larger(value - end, least);
     const double own = square(i), outside = own / (gap * gap);

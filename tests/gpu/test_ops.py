@@ -285,9 +285,10 @@ def test_orthonormalize_hard(backend: str, n_l: tuple[int, int], name: str) -> N
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float64, torch.float32)], ids=str)
 @pytest.mark.parametrize("l", [1, 2, 63, 199, 1025])
 def test_subspace_error(backend: str, l: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    C, theta = (x.to(t) for x, t in zip(cases.residuals(3, l, "cuda"), dtypes, strict=True))
+    C, theta = (x.to(t) for x, t in zip(cases.residuals(4, l, "cuda"), dtypes, strict=True))
     theta[1] = theta[1, :1]  # none is told from another
     C[2, l // 2, l // 2] = torch.nan
+    theta[3, 0] = torch.inf
     for k in {1, (l + 1) // 2, max(1, l - 1), l}:
         for known in {k, l}:
             for given in (C, torch.diagonal(C, dim1=1, dim2=2)):

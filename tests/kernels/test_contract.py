@@ -172,11 +172,12 @@ def test_subspace_error_reference(k: int, known: int) -> None:
 
 def test_subspace_error_of_what_is_not_a_number() -> None:
     """It is no small error, whichever argument it is in."""
-    C, theta = cases.residuals(3, 9)
+    C, theta = cases.residuals(4, 9)
     C[1, 2, 2] = torch.nan
     theta[2] = torch.nan
+    theta[3, 0] = torch.inf
     found = ops.subspace_error(C, theta, 9, 4, 300)[0]
-    assert found.isnan().tolist() == [False, True, True]
+    assert found.isnan().tolist() == [False, True, True, True]
 
 
 @pytest.mark.parametrize("name", sorted(cases.symmetric_matrices(2)))

@@ -28,8 +28,8 @@ def subspace_error_reference(
     if is_full:
         # There is an eigenvalue within the residual of a Ritz value.
         end = torch.maximum(end, theta[:, -1:] + squares[:, -1:].clamp_min(0).sqrt())
-    floor = noise_floor(theta, rows)
-    # What is not a number counts.
+    # Not a number where the first value is infinite, and what is not a number counts.
+    floor = noise_floor(theta, rows) + (theta[:, :1] - theta[:, :1])
     counted = ~(theta[:, :k] <= floor)
     gap = torch.maximum(theta[:, :k] - end, _EPS * floor)
     outside = torch.where(counted, squares[:, :k] / gap**2, 0.0)
