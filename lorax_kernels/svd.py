@@ -81,7 +81,7 @@ def truncated_svd(
         generator: source of the starting block. None is a fixed seed.
         init: a previous SVD of a similar matrix to start from (for a list of matrices a list, with
             None where there is none). Its columns beyond `rank` tell where the rest of the spectrum
-            begins: with half as many again a fine-tuned copy takes two to ten passes, without
+            begins: with half as many again a fine-tuned copy takes two to twenty passes, without
             them six at least.
         backend: "auto", "cuda", "triton" or "reference".
         workspace: bytes of extra memory, beyond weights and results, that a batch may take; one
