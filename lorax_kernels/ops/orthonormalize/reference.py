@@ -14,4 +14,4 @@ def orthonormalize_reference(X: torch.Tensor, quick: bool) -> torch.Tensor:
     Q, R = torch.linalg.qr(X)
     # A reflection may turn a column around.
     turned = torch.diagonal(R, dim1=1, dim2=2) < 0
-    return torch.where(turned[:, None], -Q, Q).contiguous()
+    return Q.contiguous().mul_(torch.where(turned, -1.0, 1.0).to(Q.dtype)[:, None])
