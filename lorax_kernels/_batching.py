@@ -92,28 +92,23 @@ def stack(
     first = some[0]
     if halves and first.dtype.itemsize == 2:
         return _stack_halves(some, chunk, backend)
-    largest = magnitudes(some).double()
-    _check_finite(largest.tolist(), chunk)
-    exponent = largest.clamp_min(1e-300).log2().floor()
-    if halves:
-        shift = torch.where(largest > 0, exponent - _HALF_EXPONENT, 0.0)
-    else:
-        unsafe = ((largest < _SAFE[0]) | (largest > _SAFE[1])) & (largest > 0)
-        shift = torch.where(unsafe, exponent, 0.0)
+    largest = magnitudes(some).tolist()
+    _check_finite(largest, chunk)
+    exponents = [_half_exponent(x) if halves else _safe_exponent(x) for x in largest]
+    scale = _factors(exponents, first.device)
     working = torch.float64 if exact and first.dtype == torch.float64 else torch.float32
-    shifts = shift.tolist()
-    if len(chunk) == 1 and shifts[0] == 0:
-        return first[None].to(working), torch.ones_like(shift)
+    if len(chunk) == 1 and exponents == [0]:
+        return first[None].to(working), scale
     stacked = torch.empty(len(chunk), *first.shape, dtype=working, device=first.device)
     wide = torch.promote_types(first.dtype, working)
-    for row, matrix, power in zip(stacked, some, shifts, strict=True):
-        if power == 0:
+    for row, matrix, exponent in zip(stacked, some, exponents, strict=True):
+        if exponent == 0:
             row.copy_(matrix)
         else:
             # In two steps: a power that brings 1e-38 to 1 is itself out of float32's range.
-            half = power // 2
-            row.copy_(matrix.to(wide) * 2.0**-half * 2.0 ** (half - power))
-    return stacked, torch.exp2(shift)
+            half = exponent // 2
+            row.copy_(matrix.to(wide) * 2.0**half * 2.0 ** (exponent - half))
+    return stacked, scale
 
 
 def _stack_halves(
@@ -164,6 +159,13 @@ def _half_exponent(largest: float, spare: int = 0) -> int:
     if largest == 0 or not math.isfinite(largest):
         return 0
     return _HALF_EXPONENT + 1 - spare - math.frexp(largest)[1]
+
+
+def _safe_exponent(largest: float) -> int:
+    """The power of two that brings an entry into [1, 2) where its square is not safe; else 0."""
+    if largest == 0 or _SAFE[0] <= largest <= _SAFE[1]:
+        return 0
+    return 1 - math.frexp(largest)[1]
 
 
 def _factors(exponents: list[int], device: torch.device) -> torch.Tensor:
